@@ -1,0 +1,353 @@
+"""From rows of preference data to tokenised groups, and a report of what happened to them.
+
+Nothing downstream knows of chat templates, special tokens or truncation.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dpo.preferences import FORMS, USED_COLUMNS, Preference, parse_row
+
+DATA_VERSION = 1
+"""Part of the cache key of tokenised data: raise it when the same row gives other tokens."""
+
+GROUP_COLUMNS = ["prompt_ids", "completion_ids", "pairs", "row"]
+_FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+KEPT = ""
+EMPTY_PROMPT = "no token is left of the prompt, so nothing predicts the first token of a completion"
+LONG_PROMPT = "the prompt alone has max_length tokens or more"
+NO_PAIRS = "no pair of different completions is left (equal texts, scores or truncated tokens)"
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """How long things may be, in tokens; None for no limit.
+
+    Attributes:
+        max_length: Prompt + completion. A prompt this long drops its group; completions are cut at their end.
+        max_prompt_length: The prompt; its last tokens are kept.
+    """
+
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+
+
+def load_rows(path_or_id: str, split: str = "train", name: str | None = None) -> Dataset:
+    """A data set from a local file, a local folder or the Hub.
+
+    Args:
+        path_or_id: A .jsonl, .json, .parquet or .csv file, a folder of them, or a Hub id.
+        split: Split to load; slices such as `train[:250]` are understood.
+        name: Configuration of a Hub data set.
+
+    Raises:
+        FileNotFoundError: If it looks like a local path and is not there.
+        ValueError: If a file's type is not known.
+    """
+    path = Path(path_or_id)
+    if path.is_file():
+        if path.suffix not in _FILE_TYPES:
+            raise ValueError(f"A data file must end in one of {sorted(_FILE_TYPES)}, got {path}. Convert it.")
+        return load_dataset(_FILE_TYPES[path.suffix], data_files=str(path), split=split)
+    looks_local = path.suffix in _FILE_TYPES or path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise FileNotFoundError(f"The data set must be a file, a folder or a Hub id, got {path}. Check the path.")
+    return load_dataset(str(path_or_id), name, split=split)
+
+
+def _common_prefix(ids: Sequence[int], others: Sequence[Sequence[int]]) -> int:
+    """Leading tokens that `ids` shares with every one of the others."""
+    length = min(len(ids), *(len(other) for other in others))
+    for other in others:
+        length = next((i for i in range(length) if ids[i] != other[i]), length)
+    return length
+
+
+def _decoded(value: Any) -> Any:
+    """A column that a file stores as a JSON string (tools, keyword arguments), decoded."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, preference: Preference, row: Mapping[str, Any]) -> list[list[int]]:
+    """Token ids of the prompt with the generation prompt, and of prompt + each completion, as the template has them."""
+    options = {"tools": _decoded(row.get("tools")), **(_decoded(row.get("chat_template_kwargs")) or {})}
+    if tokenizer.chat_template is None and options.get("chat_template") is None:
+        raise ValueError(
+            "The tokenizer must have a chat template to render messages, got none. Set `tokenizer.chat_template`, use "
+            "an instruct model, or give plain text."
+        )
+    prompt = list(preference.prompt or [])
+    texts = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **options)]
+    for completion in preference.completions:
+        texts.append(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False, **options))
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _once(ids: list[int], token_id: int | None, at_start: bool) -> list[int]:
+    """`ids` with a run of one special token at an end shortened to one."""
+    first, second = (0, 1) if at_start else (-1, -2)
+    while token_id is not None and len(ids) > 1 and ids[first] == token_id == ids[second]:
+        ids = ids[1:] if at_start else ids[:-1]
+    return ids
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference) -> list[list[int]]:
+    """Token ids of the prompt, and of prompt + each completion: one BOS if the tokenizer adds one, one EOS at the end."""
+    eos = tokenizer.eos_token or ""
+    prompt = preference.prompt or ""
+    wholes = [f"{prompt}{text}" if str(text).endswith(eos) else f"{prompt}{text}{eos}" for text in preference.completions]
+    prompt_ids, *whole_ids = tokenizer([str(prompt), *wholes])["input_ids"]
+    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not str(prompt).endswith(eos or "\0"):
+        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS; a prompt goes on
+    ids = [_once(one, tokenizer.bos_token_id, at_start=True) for one in [prompt_ids, *whole_ids]]
+    return [ids[0], *(_once(one, tokenizer.eos_token_id, at_start=False) for one in ids[1:])]
+
+
+def _distinct(
+    completion_ids: Sequence[list[int]], pairs: Sequence[tuple[int, int]]
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Completions that take part in a pair, each once, and the pairs between different ones."""
+    kept: dict[tuple[int, ...], int] = {}
+    distinct_pairs = []
+    for w, l in pairs:
+        chosen, rejected = tuple(completion_ids[w]), tuple(completion_ids[l])
+        if chosen and rejected and chosen != rejected:
+            distinct_pairs.append((kept.setdefault(chosen, len(kept)), kept.setdefault(rejected, len(kept))))
+    return [list(ids) for ids in kept], distinct_pairs
+
+
+def tokenize_row(
+    row: Mapping[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: TokenLimits,
+    pair_strategy: str = "all",
+    data_version: int = DATA_VERSION,
+) -> dict[str, Any]:
+    """One row as a tokenised group.
+
+    The prompt ends where its tokens alone and its tokens before each completion part, which is not always after its
+    last character: tokens may merge across the boundary, and a template may render a lone prompt differently.
+
+    Args:
+        row: Columns in a form `preferences.parse_row` accepts.
+        index: Number of the row, for messages and to know the pairs again.
+        tokenizer: Its chat template renders messages.
+        limits: Token limits.
+        pair_strategy: How scores or ranks become pairs.
+        data_version: `DATA_VERSION`, so that it takes part in the cache key.
+
+    Returns:
+        `prompt_ids`, `completion_ids`, `pairs`, `row`; `dropped`: the reason, or "" if the group is kept; and for the
+        report `truncated`, `boundary_moved`.
+    """
+    try:
+        preference = parse_row(row, pair_strategy)
+        encode = _render(tokenizer, preference, row) if preference.conversational else _encode(tokenizer, preference)
+    except ValueError as error:
+        raise ValueError(f"Row {index} of the data set: {error}") from error
+    prompt_ids, *wholes = encode
+    implied = preference.prompt is None
+    boundary = _common_prefix(wholes[0] if implied else prompt_ids, wholes)
+    moved = not implied and boundary < len(prompt_ids)
+    return {"row": index, "boundary_moved": moved, **_cut(wholes, boundary, preference.pairs, limits)}
+
+
+def _cut(
+    wholes: Sequence[list[int]], boundary: int, pairs: Sequence[tuple[int, int]], limits: TokenLimits
+) -> dict[str, Any]:
+    """Cut whole sequences at the boundary and to the limits, and say what is left."""
+    prompt_ids = wholes[0][:boundary]
+    truncated = False
+    if limits.max_prompt_length is not None and len(prompt_ids) > limits.max_prompt_length:
+        prompt_ids, truncated = prompt_ids[-limits.max_prompt_length :], True
+    completion_ids = [whole[boundary:] for whole in wholes]
+    dropped = EMPTY_PROMPT if not prompt_ids else KEPT
+    if limits.max_length is not None:
+        room = limits.max_length - len(prompt_ids)
+        if room <= 0:
+            dropped = LONG_PROMPT
+        truncated |= any(len(ids) > room for ids in completion_ids)
+        completion_ids = [ids[: max(room, 0)] for ids in completion_ids]
+    distinct, kept_pairs = _distinct(completion_ids, pairs)
+    if not dropped and not kept_pairs:
+        dropped = NO_PAIRS
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": distinct,
+        "pairs": [list(pair) for pair in kept_pairs],
+        "truncated": truncated,
+        "dropped": dropped,
+    }
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of a data set, printed at the start of a run.
+
+    Token lengths are of prompt + completion. `tokens_padded` is what one padded row per completion would compute at
+    this batch size in data order, and `tokens` what is placed in rows: each prompt and completion once.
+    """
+
+    name: str
+    rows: int
+    groups: int
+    pairs: int
+    dropped: dict[str, int]
+    unused_columns: list[str]
+    length_median: int
+    length_p95: int
+    length_max: int
+    truncated_share: float
+    boundary_moved_share: float
+    tokens: int
+    tokens_padded: int
+    example: str
+
+    @property
+    def tokens_saved(self) -> float:
+        """Share of the padded tokens that is not computed."""
+        return 1 - self.tokens / self.tokens_padded
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name} data: {self.rows:,} rows -> {self.groups:,} groups, {self.pairs:,} pairs",
+            f"  prompt + completion: median {self.length_median:,}, p95 {self.length_p95:,}, max {self.length_max:,} "
+            f"tokens; truncated rows: {self.truncated_share:.1%}",
+            f"  tokens computed: {self.tokens:,}, {self.tokens_saved:.0%} fewer than one padded row per completion",
+        ]
+        lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
+        if self.boundary_moved_share:
+            lines.append(
+                f"  prompt ends before its last token in {self.boundary_moved_share:.1%} of rows: alone it is tokenised "
+                "or rendered differently"
+            )
+        if self.unused_columns:
+            lines.append(f"  columns not used: {', '.join(self.unused_columns)}")
+        return "\n".join([*lines, self.example])
+
+
+def _padded_tokens(lengths: Sequence[np.ndarray], batch_size: int) -> int:
+    """Tokens of one padded row per completion, for batches of `batch_size` groups in data order."""
+    batches = [np.concatenate(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size)]
+    return int(sum(batch.size * batch.max() for batch in batches))
+
+
+def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:
+    """The first pair as the model sees it, special tokens shown."""
+    w, l = row["pairs"][0]
+    parts = {"prompt": row["prompt_ids"], "chosen": row["completion_ids"][w], "rejected": row["completion_ids"][l]}
+    lines = ["  first pair, as the model sees it:"]
+    for name, ids in parts.items():
+        text = repr(tokenizer.decode(ids))
+        if len(text) > width:
+            text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
+        lines.append(f"    {name:8} {len(ids):5,} tokens  {text}")
+    return "\n".join(lines)
+
+
+def _report(
+    name: str, mapped: Dataset, kept: Dataset, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> DataReport:
+    prompt_lengths = [len(ids) for ids in kept["prompt_ids"]]
+    completion_lengths = [np.array([len(ids) for ids in group]) for group in kept["completion_ids"]]
+    wholes = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
+    lengths = np.concatenate(wholes)
+    return DataReport(
+        name=name,
+        rows=len(mapped),
+        groups=len(kept),
+        pairs=sum(len(pairs) for pairs in kept["pairs"]),
+        dropped=dict(Counter(reason for reason in mapped["dropped"] if reason)),
+        unused_columns=sorted(set(columns) - USED_COLUMNS),
+        length_median=int(np.median(lengths)),
+        length_p95=int(np.percentile(lengths, 95)),
+        length_max=int(lengths.max()),
+        truncated_share=float(np.mean(mapped["truncated"])),
+        boundary_moved_share=float(np.mean(mapped["boundary_moved"])),
+        tokens=int(sum(prompt_lengths) + sum(int((c - 1).sum()) for c in completion_lengths)),
+        tokens_padded=_padded_tokens(wholes, batch_size),
+        example=_example(kept[0], tokenizer),
+    )
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: TokenLimits,
+    *,
+    name: str = "train",
+    pair_strategy: str = "all",
+    num_proc: int | None = None,
+    batch_size: int = 1,
+) -> tuple[Dataset | IterableDataset, DataReport | None]:
+    """Tokenise a preference data set.
+
+    Args:
+        dataset: Rows in any accepted form; one that is already tokenised is returned as it is.
+        tokenizer: Tokenizer of the model.
+        limits: Token limits.
+        name: What to call the set in progress bars, the report and errors.
+        pair_strategy: How scores or ranks become pairs.
+        num_proc: Processes to tokenise with.
+        batch_size: Groups in a batch, for the report's padded count.
+
+    Returns:
+        The groups (columns `GROUP_COLUMNS`) and the report; no report for a stream or for tokenised rows.
+
+    Raises:
+        ValueError: If the set is empty, its columns are not understood, or every row is dropped.
+    """
+    columns = list(dataset.column_names or [])
+    if set(GROUP_COLUMNS) <= set(columns):
+        return dataset, None
+    options = {"tokenizer": tokenizer, "limits": limits, "pair_strategy": pair_strategy, "data_version": DATA_VERSION}
+    if isinstance(dataset, IterableDataset):
+        stream = dataset.map(tokenize_row, with_indices=True, fn_kwargs=options, remove_columns=columns)
+        return stream.filter(lambda row: not row["dropped"]), None
+    if len(dataset) == 0:
+        raise ValueError(f"The {name} data set must have rows, got none. Check its path and split.")
+    if not _recognised(columns):
+        raise ValueError(f"The {name} data set must have the columns {FORMS}, got {columns}. Rename or add columns.")
+    mapped = dataset.map(
+        tokenize_row,
+        with_indices=True,
+        fn_kwargs=options,
+        remove_columns=columns,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} dataset",
+    )
+    keep = [i for i, reason in enumerate(mapped["dropped"]) if not reason]
+    if not keep:
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in Counter(mapped["dropped"]).items())
+        raise ValueError(f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}).")
+    kept = mapped.select(keep).select_columns(GROUP_COLUMNS)
+    return kept, _report(name, mapped, kept, columns, tokenizer, batch_size)
+
+
+def _recognised(columns: Sequence[str]) -> bool:
+    """Whether the columns are one of the accepted forms."""
+    names = set(columns)
+    ranked = "completions" in names and bool(names & {"prompt", "conversations"})
+    return {"chosen", "rejected"} <= names or (ranked and bool(names & {"pairs", "scores", "ranks"}))
+
+
+def show(report: DataReport | None) -> None:
+    """Print a report where progress bars go."""
+    if report is not None:
+        print(report, file=sys.stderr)
+
+
+def as_named(dataset: Any) -> dict[str, Any]:
+    """One data set, or several by name, as several by name; the name of a single one is empty."""
+    return dict(dataset) if isinstance(dataset, (dict, DatasetDict)) else {"": dataset}

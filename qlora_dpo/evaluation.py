@@ -1,0 +1,56 @@
+"""Exact evaluation: the numbers of every pair, kept until the data set is through."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora_dpo.metrics import COLUMNS, summarize
+
+
+class PairRecords:
+    """Rows of the pair table by (data-set row, pair number).
+
+    A pair that two processes scored, because the last batch was filled up, counts once.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[Tensor] = []
+        self._keys: list[tuple[int, int]] = []
+
+    def add(self, table: Tensor, rows: list[int], pair_ids: list[int]) -> None:
+        """Keep a `(T, len(COLUMNS))` table of pairs with their data-set rows and numbers."""
+        self._tables.append(table)
+        self._keys.extend(zip(rows, pair_ids, strict=True))
+
+    def gathered(self) -> "GatheredPairs":
+        """The records of all processes, each pair once, in data-set order."""
+        table = torch.cat(self._tables).cpu().numpy() if self._tables else np.empty((0, len(COLUMNS)))
+        parts = [(self._keys, table)]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts = [parts[0]] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, (self._keys, table))
+        values = {key: row for keys, rows in parts for key, row in zip(keys, rows, strict=True)}
+        return GatheredPairs({key: values[key] for key in sorted(values)})
+
+
+class GatheredPairs:
+    """Every pair of a data set once."""
+
+    def __init__(self, values: dict[tuple[int, int], Any]) -> None:
+        self._keys = list(values)
+        self._table = np.stack(list(values.values())) if values else np.empty((0, len(COLUMNS)))
+
+    def column(self, name: str) -> np.ndarray:
+        """`(T,)` values of a column of the pair table, fp64."""
+        return self._table[:, COLUMNS.index(name)]
+
+    def rows(self) -> np.ndarray:
+        """`(T,)` data-set row of each pair."""
+        return np.array([row for row, _ in self._keys])
+
+    def metrics(self) -> dict[str, float]:
+        """Log keys over all pairs."""
+        sums = dict(zip(COLUMNS, self._table.sum(0).tolist(), strict=True))
+        return summarize(sums, len(self._table))

@@ -1,0 +1,200 @@
+"""Placing groups of token ids in rows, and saying which position predicts which token.
+
+A group is one prompt, its K >= 2 completions and its pairs. A batch is a plain dict that holds the tokens of several
+groups; what follows from a batch never depends on the layout:
+
+- `tree`: one row; each prompt once, its completions behind it;
+- `packed`: one row; prompt + completion sequences end to end;
+- `padded`: one right-padded row per completion, the slow truth.
+
+Legend: B completions, T pairs, N scored tokens (all completions' tokens), R rows of L positions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+LAYOUTS = ("tree", "packed", "padded")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt, its completions and the pairs between them, as token ids.
+
+    Attributes:
+        prompt_ids: The prompt's tokens, at least one.
+        completion_ids: K >= 2 completions of at least one token each.
+        pairs: `(chosen, rejected)` indices into the completions.
+        row: Index of the data-set row it came from.
+    """
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[Sequence[int]]
+    pairs: Sequence[tuple[int, int]]
+    row: int = 0
+
+
+class Segment(NamedTuple):
+    """A run of queries in a row and the keys it sees: an earlier run (its prompt) and, causally, itself.
+
+    Attributes:
+        start: First position of the run.
+        length: Positions in the run.
+        prefix_start: First position of the earlier run.
+        prefix_length: Its length; 0 if the run is a sequence of its own.
+    """
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+
+@dataclass
+class _Rows:
+    """Rows under construction."""
+
+    input_ids: list[list[int]] = field(default_factory=lambda: [[]])
+    position_ids: list[list[int]] = field(default_factory=lambda: [[]])
+    predictors: list[tuple[int, int]] = field(default_factory=list)  # (row, position), N of them
+    segments: list[Segment] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], first_position: int, row: int = 0) -> int:
+        """Append tokens to a row; returns where they start in it."""
+        while len(self.input_ids) <= row:
+            self.input_ids.append([])
+            self.position_ids.append([])
+        start = len(self.input_ids[row])
+        self.input_ids[row].extend(ids)
+        self.position_ids[row].extend(range(first_position, first_position + len(ids)))
+        return start
+
+
+def _predict(rows: _Rows, row: int, prompt_end: int, start: int, length: int) -> None:
+    """Record what predicts a completion: its first token, the prompt's last position; each other, the one before.
+
+    This is the only place that knows of the shift by one. A completion's last token predicts nothing, so no layout
+    places it.
+    """
+    rows.predictors.append((row, prompt_end - 1))
+    rows.predictors.extend((row, start + offset) for offset in range(length - 1))
+
+
+def _tree(groups: Sequence[Group]) -> _Rows:
+    rows = _Rows()
+    for group in groups:
+        prompt_length = len(group.prompt_ids)
+        prompt_start = rows.add(group.prompt_ids, 0)
+        for k, ids in enumerate(group.completion_ids):
+            start = rows.add(ids[:-1], prompt_length)
+            _predict(rows, 0, prompt_start + prompt_length, start, len(ids))
+            if k == 0:  # the prompt and the completion right behind it are one ordinary causal sequence
+                rows.segments.append(Segment(prompt_start, prompt_length + len(ids) - 1))
+            elif len(ids) > 1:
+                rows.segments.append(Segment(start, len(ids) - 1, prompt_start, prompt_length))
+    return rows
+
+
+def _packed(groups: Sequence[Group]) -> _Rows:
+    rows = _Rows()
+    for group in groups:
+        for ids in group.completion_ids:
+            start = rows.add(group.prompt_ids, 0)
+            behind = rows.add(ids[:-1], len(group.prompt_ids))
+            _predict(rows, 0, behind, behind, len(ids))
+            rows.segments.append(Segment(start, len(group.prompt_ids) + len(ids) - 1))
+    return rows
+
+
+def _padded(groups: Sequence[Group]) -> _Rows:
+    rows = _Rows()
+    sequences = [(group.prompt_ids, ids) for group in groups for ids in group.completion_ids]
+    for row, (prompt_ids, ids) in enumerate(sequences):
+        rows.add(prompt_ids, 0, row)
+        start = rows.add(ids[:-1], len(prompt_ids), row)
+        _predict(rows, row, start, start, len(ids))
+    return rows
+
+
+_PLACE: dict[str, Callable[[Sequence[Group]], _Rows]] = {"tree": _tree, "packed": _packed, "padded": _padded}
+
+
+def make_batch(groups: Sequence[Group], layout: str, pad_token_id: int = 0) -> dict[str, Any]:
+    """Place groups in rows.
+
+    Args:
+        groups: The groups of the batch.
+        layout: One of `LAYOUTS`.
+        pad_token_id: Token that fills the end of `padded` rows.
+
+    Returns:
+        A dict of
+        `input_ids`, `position_ids` `(R, L)`; `attention_mask` `(R, L)` in `padded`, else None;
+        `segments`: list of `Segment` in `tree` and `packed`, else None;
+        `predictors` `(N,)`: index into the `R * L` positions of the one that predicts each scored token;
+        `targets` `(N,)`: the scored tokens, completion by completion;
+        `lengths`: B host integers, scored tokens of each completion;
+        `group` `(B,)`: group of each completion; `prompt_lengths`: tokens of each group's prompt, host integers;
+        `yw_idxs`, `yl_idxs` `(T,)`: the pairs, as indices into the B completions;
+        `rows`, `pair_ids`: T host integers each, data-set row and number within the row of each pair.
+    """
+    rows = _PLACE[layout](groups)
+    width = max(len(ids) for ids in rows.input_ids)
+    batch: dict[str, Any] = {
+        "input_ids": torch.tensor([ids + [pad_token_id] * (width - len(ids)) for ids in rows.input_ids]),
+        "position_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids in rows.position_ids]),
+        "attention_mask": None,
+        "segments": rows.segments or None,
+        "predictors": torch.tensor([row * width + position for row, position in rows.predictors]),
+        "targets": torch.tensor([t for group in groups for ids in group.completion_ids for t in ids]),
+        "lengths": [len(ids) for group in groups for ids in group.completion_ids],
+        "group": torch.tensor([g for g, group in enumerate(groups) for _ in group.completion_ids]),
+        "prompt_lengths": [len(group.prompt_ids) for group in groups],
+        **_pairs(groups),
+    }
+    if layout == "padded":
+        batch["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows.input_ids])
+    return batch
+
+
+def _pairs(groups: Sequence[Group]) -> dict[str, Any]:
+    """The pairs of the groups as indices into the completions of the batch."""
+    chosen, rejected, row_ids, pair_ids = [], [], [], []
+    first = 0
+    for group in groups:
+        for number, (w, l) in enumerate(group.pairs):
+            chosen.append(first + w)
+            rejected.append(first + l)
+            row_ids.append(group.row)
+            pair_ids.append(number)
+        first += len(group.completion_ids)
+    return {
+        "yw_idxs": torch.tensor(chosen),
+        "yl_idxs": torch.tensor(rejected),
+        "rows": row_ids,
+        "pair_ids": pair_ids,
+    }
+
+
+@dataclass
+class GroupCollator:
+    """Turns tokenised rows into a batch; the `data_collator` of the trainer.
+
+    Attributes:
+        pad_token_id: Token that fills the end of `padded` rows.
+        layout: One of `LAYOUTS`; the trainer sets it once the layout is proven.
+    """
+
+    pad_token_id: int
+    layout: str = "padded"
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return make_batch([group_of(row) for row in rows], self.layout, self.pad_token_id)
+
+
+def group_of(row: dict[str, Any]) -> Group:
+    """The group of a tokenised data-set row (columns `prompt_ids`, `completion_ids`, `pairs`, `row`)."""
+    pairs = [(int(w), int(l)) for w, l in row["pairs"]]
+    return Group(row["prompt_ids"], row["completion_ids"], pairs, row.get("row", 0))

@@ -1,0 +1,227 @@
+"""Log-probabilities of target tokens from hidden states, one tile of logits at a time.
+
+Shapes: N scored positions, H hidden size, V vocabulary. The `(N, V)` logits never exist: only `(chunk, V)` of them,
+in the policy pass, in the reference pass and in evaluation.
+
+Two ways to the same numbers: `any_head_token_scores` calls the head module itself and recomputes each tile in the
+backward pass, so it carries any head (LoRA on the head, 4-bit, trainable); `frozen_head_token_scores` serves a plain
+frozen linear head and needs two matrix products instead of three.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+TILE_ELEMENTS = 2**24
+"""Logits in a tile when no chunk size is asked for: 64 MiB in fp32."""
+
+STATISTICS = ("entropy", "mean_logits", "is_top1")
+"""Per-token statistics read off the tiles beside the log-probability."""
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model does to its head's output: multiply by `scale`, then soft-cap at `softcap` (0: none)."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LogitRule":
+        """Read the rule from a model's text config.
+
+        Cohere names the factor `logit_scale`, Falcon-H1 `lm_head_multiplier`, others `output_multiplier`; Granite
+        divides by `logits_scaling`, HyperCLOVA X multiplies by it; Gemma 2 soft-caps by `final_logit_softcapping`.
+        `forward.check_logit_rule` compares the result with the model's own logits before it is trusted.
+        """
+        names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+        factors = [value for name in names if (value := getattr(config, name, None)) is not None]
+        scaling = getattr(config, "logits_scaling", None)
+        if not factors and scaling is not None:
+            factors = [scaling if config.model_type == "hyperclovax" else 1 / scaling]
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(scale=float(factors[0]) if factors else 1.0, softcap=float(softcap or 0.0))
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Scaled and capped logits, same shape."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if not self.softcap else torch.tanh(logits / self.softcap) * self.softcap
+
+    def derivative(self, ruled: Tensor) -> Tensor | float:
+        """d(ruled)/d(raw), from the ruled logits: the derivative of tanh is 1 - tanh^2."""
+        return self.scale if not self.softcap else self.scale * (1 - (ruled / self.softcap) ** 2)
+
+
+def widen(x: Tensor) -> Tensor:
+    """fp32 of 16-bit values; fp32 and fp64 as they are, so that nothing narrows fp64."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def chunk_length(vocabulary: int, chunk_size: int | None) -> int:
+    """Positions in a tile: `chunk_size`, or as many as fill `TILE_ELEMENTS` logits."""
+    return chunk_size or max(16, TILE_ELEMENTS // vocabulary)
+
+
+def tile_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each target, softmax and log-normaliser of one tile.
+
+    Args:
+        logits: `(n, V)` fp32 or wider.
+        targets: `(n,)` token ids.
+
+    Returns:
+        `(n,)` logps in nats, `(n, V)` probabilities, `(n,)` log-sum-exp.
+    """
+    top = logits.amax(-1, keepdim=True)
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    normaliser = top + torch.log(total)
+    logps = logits.gather(-1, targets[:, None]) - normaliser
+    return logps[:, 0], weights.div_(total), normaliser[:, 0]
+
+
+def tile_statistics(logits: Tensor, probabilities: Tensor, normaliser: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """`STATISTICS` of one tile, each `(n,)`: entropy in nats, mean over the vocabulary of the logits, 1 if top token."""
+    expected = torch.bmm(probabilities[:, None], logits[:, :, None])[:, 0, 0]
+    return {
+        "entropy": normaliser - expected,
+        "mean_logits": logits.mean(-1),
+        "is_top1": (logits.argmax(-1) == targets).to(logits.dtype),
+    }
+
+
+class _FrozenHead(torch.autograd.Function):
+    """d logp_t / d hidden_t needs only tile t, and the upstream gradient of logp_t is one number.
+
+    So the forward pass, while the tile's softmax is there, stores the row W[y_t] - sum_v p_v W[v] (with the chain rule
+    of the logit rule), and the backward pass multiplies it by that number: no tile is computed twice, no logits are
+    kept, and the frozen weight gets no gradient buffer.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rule: LogitRule,
+        chunk: int,
+        statistics: bool,
+    ) -> tuple[Tensor, ...]:
+        unit_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        pieces: list[tuple[Tensor, ...]] = []
+        for start in range(0, hidden.shape[0], chunk):
+            tile = slice(start, start + chunk)
+            logits = rule.apply(widen(nn.functional.linear(hidden[tile], weight, bias)))
+            logps, probabilities, normaliser = tile_scores(logits, targets[tile])
+            stats = tile_statistics(logits, probabilities, normaliser, targets[tile]) if statistics else {}
+            pieces.append((logps, *stats.values()))
+            if unit_gradient is not None:
+                slope = probabilities.neg_()
+                slope.scatter_add_(-1, targets[tile, None], torch.ones_like(logps)[:, None])
+                slope *= rule.derivative(logits)
+                unit_gradient[tile] = slope.to(weight.dtype) @ weight
+        ctx.save_for_backward(*([] if unit_gradient is None else [unit_gradient]))
+        outputs = tuple(torch.cat(column) for column in zip(*pieces, strict=True))
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (unit_gradient,) = ctx.saved_tensors
+        grad = (upstream[0][:, None] * unit_gradient).to(unit_gradient.dtype)
+        return grad, None, None, None, None, None, None
+
+
+def frozen_head_token_scores(
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    rule: LogitRule,
+    chunk_size: int | None = None,
+    statistics: bool = False,
+) -> dict[str, Tensor]:
+    """`token_logps` and, when asked, `STATISTICS` through a plain frozen linear head.
+
+    Args:
+        hidden: `(N, H)` hidden states at the scored positions.
+        head: The LM head; its weight must not require a gradient.
+        targets: `(N,)` token ids.
+        rule: Scale and soft-cap of the model.
+        chunk_size: Positions in a tile; None for `TILE_ELEMENTS`.
+        statistics: Whether to compute `STATISTICS` too.
+
+    Returns:
+        `token_logps` `(N,)` in nats, differentiable in `hidden`, and `(N,)` per statistic without gradient; fp32 or wider.
+    """
+    chunk = chunk_length(head.out_features, chunk_size)
+    outputs = _FrozenHead.apply(hidden, head.weight, head.bias, targets, rule, chunk, statistics)
+    return dict(zip(("token_logps", *STATISTICS), outputs, strict=False))
+
+
+def any_head_token_scores(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    rule: LogitRule,
+    chunk_size: int | None = None,
+    statistics: bool = False,
+    vocabulary: int = 2**17,
+) -> dict[str, Tensor]:
+    """The same as `frozen_head_token_scores` for any head module, by recomputing each tile in the backward pass."""
+
+    def score(rows: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        logits = rule.apply(widen(head(rows)))
+        found = {"token_logps": torch.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]}
+        if statistics:
+            with torch.no_grad():
+                _, probabilities, normaliser = tile_scores(logits, ids)
+                found |= tile_statistics(logits, probabilities, normaliser, ids)
+        return found
+
+    chunk = chunk_length(vocabulary, chunk_size)
+    pieces = []
+    for start in range(0, hidden.shape[0], chunk):
+        tile = slice(start, start + chunk)
+        pieces.append(checkpoint(score, hidden[tile], targets[tile], use_reentrant=False))
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def token_scores(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    rule: LogitRule,
+    chunk_size: int | None = None,
+    statistics: bool = False,
+) -> dict[str, Tensor]:
+    """`token_logps` and `STATISTICS` `(N,)` by the fast path where the head is plain and frozen, else by the other."""
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        return frozen_head_token_scores(hidden, head, targets, rule, chunk_size, statistics)
+    vocabulary = getattr(head, "out_features", 2**17)
+    return any_head_token_scores(hidden, head, targets, rule, chunk_size, statistics, vocabulary)
+
+
+def sum_by_completion(values: Tensor, lengths: list[int]) -> Tensor:
+    """Sum per-token values over each completion's run of tokens.
+
+    Rows of a zero-padded matrix are summed, not scattered with atomics: two passes over the same values agree to the
+    last bit on every device, which is what makes step-0 margins exactly zero.
+
+    Args:
+        values: `(N,)`, the tokens of completion 0, then of completion 1, ...
+        lengths: B counts that add up to N.
+
+    Returns:
+        `(B,)`.
+
+    >>> sum_by_completion(torch.tensor([1.0, 2.0, 3.0]), [2, 1]).tolist()
+    [3.0, 3.0]
+    """
+    return nn.utils.rnn.pad_sequence(list(values.split(lengths)), batch_first=True).sum(-1)

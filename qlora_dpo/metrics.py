@@ -1,0 +1,144 @@
+"""What is logged, spelled in one place: a table of numbers per pair, its column sums, and the keys made from them.
+
+Everything is a sum over pairs until it is shown, so a log line pools all pairs since the last one, and an evaluation
+is exact for every batch size, layout, number of processes and last batch. Training adds up columns on the device and
+fetches them once, when it logs; evaluation keeps the rows of the table.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_dpo.losses import Scores
+
+COLUMNS = (
+    "loss",
+    "reward_chosen",
+    "reward_rejected",
+    "accuracy",
+    "tie",
+    "logps_chosen",
+    "logps_rejected",
+    "logits_chosen",
+    "logits_rejected",
+    "tokens_chosen",
+    "tokens_rejected",
+    "entropy",
+    "top1_chosen",
+    "num_tokens",
+)
+"""Columns of the pair table: per pair, or summed over the scored tokens of one or both of its completions."""
+
+PAIR_MEANS = {
+    "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected",
+    "rewards/accuracies": "accuracy",
+    "rewards/ties": "tie",
+    "logps/chosen": "logps_chosen",
+    "logps/rejected": "logps_rejected",
+}
+"""Log keys that are a column's mean over pairs."""
+
+EVALUATE_MODULES = Path(__file__).parent / "evaluate_metrics"
+"""Folder of the modules that `evaluate.load` takes."""
+
+
+def accuracy_and_ties(margins: Tensor) -> tuple[Tensor, Tensor]:
+    """1 for a positive margin, one half for a tie, 0 for a negative one; and 1 for a tie.
+
+    >>> accuracy_and_ties(torch.tensor([0.5, 0.0, -1.0]))[0].tolist()
+    [1.0, 0.5, 0.0]
+    """
+    ties = (margins == 0).to(margins.dtype)
+    return (margins > 0).to(margins.dtype) + ties / 2, ties
+
+
+def pair_table(
+    scores: Scores, losses: Tensor, statistics: Mapping[str, Tensor], prompt_lengths: Tensor, beta: float
+) -> Tensor:
+    """The numbers of every pair, on the device and without gradient.
+
+    Args:
+        scores: Log-probabilities and pairs of the batch.
+        losses: `(T,)`.
+        statistics: `(B,)` sums over tokens of `entropy`, `mean_logits` and `is_top1`.
+        prompt_lengths: `(G,)` tokens of each group's prompt.
+        beta: Factor of the rewards.
+
+    Returns:
+        `(T, len(COLUMNS))`, fp64 where the device has it. `num_tokens` counts both sides with their prompt, as TRL.
+    """
+    w, l = scores.yw_idxs, scores.yl_idxs
+    rewards, lengths, prompts = scores.rewards(beta), scores.lengths, prompt_lengths[scores.group]
+    accuracy, ties = accuracy_and_ties(rewards[w] - rewards[l])
+    logps, logits, entropy = scores.pi_logps.detach(), statistics["mean_logits"], statistics["entropy"]
+    columns = {
+        "loss": losses.detach(),
+        "reward_chosen": rewards[w],
+        "reward_rejected": rewards[l],
+        "accuracy": accuracy,
+        "tie": ties,
+        "logps_chosen": logps[w],
+        "logps_rejected": logps[l],
+        "logits_chosen": logits[w],
+        "logits_rejected": logits[l],
+        "tokens_chosen": lengths[w],
+        "tokens_rejected": lengths[l],
+        "entropy": entropy[w] + entropy[l],
+        "top1_chosen": statistics["is_top1"][w],
+        "num_tokens": (prompts + lengths)[w] + (prompts + lengths)[l],
+    }
+    wide = torch.float32 if rewards.device.type == "mps" else torch.float64
+    return torch.stack([columns[name].to(wide) for name in COLUMNS], dim=1)
+
+
+def summarize(sums: Mapping[str, float], pairs: int) -> dict[str, float]:
+    """Log keys from column sums over `pairs` pairs. Token keys pool the tokens TRL pools.
+
+    `entropy` (nats) is over the tokens of both sides, `mean_token_accuracy` over those of the chosen one, `logits/*`
+    over those of their side. Rewards are beta (log pi - log pi_ref), unnormalised, whatever the loss.
+    """
+    shown = {"loss": sums["loss"] / pairs} | {key: sums[column] / pairs for key, column in PAIR_MEANS.items()}
+    shown["rewards/margins"] = shown["rewards/chosen"] - shown["rewards/rejected"]
+    shown["logits/chosen"] = sums["logits_chosen"] / sums["tokens_chosen"]
+    shown["logits/rejected"] = sums["logits_rejected"] / sums["tokens_rejected"]
+    shown["entropy"] = sums["entropy"] / (sums["tokens_chosen"] + sums["tokens_rejected"])
+    shown["mean_token_accuracy"] = sums["top1_chosen"] / sums["tokens_chosen"]
+    return shown
+
+
+class RunningSums:
+    """Column sums of pair tables, added up on the device and fetched in one transfer."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+
+    def add(self, table: Tensor, unique_tokens: int) -> None:
+        """Add a `(T, len(COLUMNS))` table of a batch that placed `unique_tokens` tokens."""
+        extra = torch.tensor([table.shape[0], unique_tokens], dtype=table.dtype, device=table.device)
+        row = torch.cat((table.sum(0), extra))
+        self._total = row if self._total is None else self._total + row
+
+    def take(self) -> tuple[dict[str, float], int, int] | None:
+        """Column sums, number of pairs and of unique tokens over all processes since the last call; None if none."""
+        total, self._total = self._total, None
+        if total is None:
+            return None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        *columns, pairs, unique_tokens = total.tolist()
+        return dict(zip(COLUMNS, columns, strict=True)), int(pairs), int(unique_tokens)
+
+
+def preference_metrics(chosen: Any, rejected: Any) -> dict[str, float]:
+    """`preference_accuracy` and `implicit_reward_margin` of `(T,)` rewards, by the package's `evaluate` modules."""
+    import evaluate  # slow to import, and only evaluation needs it
+
+    found: dict[str, float] = {}
+    for name in ("preference_accuracy", "implicit_reward_margin"):
+        module = evaluate.load(str(EVALUATE_MODULES / name))
+        found |= module.compute(chosen_rewards=chosen, rejected_rewards=rejected)
+    return found

@@ -1,0 +1,200 @@
+"""Loading: a 4-bit base with LoRA adapters attached, ready to train."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_dpo.config import best_precision
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16, or fp16 on a GPU without bf16."""
+    return torch.float16 if best_precision() == "fp16" else torch.bfloat16
+
+
+def default_quantization() -> BitsAndBytesConfig:
+    """NF4 with double quantisation and 16-bit compute."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(),
+    )
+
+
+def default_lora() -> LoraConfig:
+    """LoRA of rank 16 on every linear layer but the head."""
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def keep_one_arithmetic(model: nn.Module) -> None:
+    """Keep 4-bit layers on a CPU from changing their arithmetic when they first run in eval mode.
+
+    bitsandbytes repacks the weight of a layer that runs in eval mode on a CPU with AVX512-BF16, for good: from then on
+    it computes in another arithmetic and has no backward pass, so training after one `evaluate()` or `generate()` goes
+    on with wrong gradients and no error. Switched off per layer; without effect on a GPU.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model's weights are in 4 or 8 bit."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def adapter_folder(path_or_id: str) -> bool:
+    """Whether a local folder holds an adapter."""
+    return Path(path_or_id, "adapter_config.json").is_file()
+
+
+def check_path(path_or_id: str, what: str) -> str:
+    """Refuse a local path that is not there before anything tries to download it.
+
+    Raises:
+        FileNotFoundError: If it looks like a path and is not one.
+    """
+    looks_local = path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1
+    if looks_local and not Path(path_or_id).expanduser().exists():
+        raise FileNotFoundError(f"The {what} must be a folder or a Hub id, got {path_or_id}. Check the path.")
+    return str(Path(path_or_id).expanduser()) if looks_local else path_or_id
+
+
+def device_map() -> dict[str, Any]:
+    """The whole model on this process's device."""
+    if not torch.accelerator.is_available():
+        return {"": "cpu"}
+    return {"": int(os.environ.get("LOCAL_RANK", 0))}
+
+
+def load_base(model_id: str, quantization_config: Any = None, quantize: bool = True, **kwargs: Any) -> PreTrainedModel:
+    """A causal LM without adapters: in NF4 unless told otherwise, the rest of its weights in 16 bit.
+
+    Args:
+        model_id: Hub id or folder.
+        quantization_config: How to quantise; None for `default_quantization()`.
+        quantize: False to load the weights as they are.
+        **kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`, ...).
+
+    Returns:
+        The model, `use_cache` off.
+    """
+    if quantize and quantization_config is None and "quantization_config" not in kwargs:
+        quantization_config = default_quantization()
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    kwargs.setdefault("dtype", compute_dtype())
+    kwargs.setdefault("device_map", device_map())
+    model = AutoModelForCausalLM.from_pretrained(check_path(model_id, "model"), **kwargs)
+    model.config.use_cache = False
+    keep_one_arithmetic(model)
+    return model
+
+
+def attach_adapter(model: PreTrainedModel, peft_config: PeftConfig | None = None) -> PeftModel:
+    """A new adapter on a base; its weights in fp32 whatever the base's dtype.
+
+    bf16 adapters keep only a tenth of their updates at a learning rate of 5e-6.
+    """
+    policy = get_peft_model(model, peft_config or default_lora())
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return policy
+
+
+def load_policy(
+    model_id: str,
+    *,
+    peft_config: PeftConfig | None = None,
+    adapter: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    quantize: bool = True,
+    gradient_checkpointing: bool = True,
+    **model_kwargs: Any,
+) -> PeftModel:
+    """A 4-bit base with LoRA adapters attached, ready to train.
+
+    Args:
+        model_id: Hub id or folder of the base model, or of an adapter (its base is then looked up).
+        peft_config: The new adapter; None for LoRA of rank 16 on every linear layer but the head.
+        adapter: Hub id or folder of a trained adapter to load instead of a new one.
+        quantization_config: How to quantise the base; None for NF4 with double quantisation and 16-bit compute.
+        quantize: False to keep the base in 16 bit.
+        gradient_checkpointing: Whether to recompute activations in the backward pass.
+        **model_kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`, ...).
+
+    Returns:
+        The policy: adapters in fp32 and trainable, everything else frozen.
+
+    Raises:
+        FileNotFoundError: If a local path is not there.
+        ValueError: If both a new and a trained adapter are asked for.
+
+    Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
+    """
+    if adapter is None and adapter_folder(model_id):
+        adapter, model_id = model_id, base_of(model_id)
+    if adapter is not None and peft_config is not None:
+        raise ValueError("`peft_config` must be None when a trained adapter is loaded, got both. Drop one of them.")
+    base = load_base(model_id, quantization_config, quantize, **model_kwargs)
+    if adapter is None:
+        policy = attach_adapter(base, peft_config)
+    else:
+        policy = PeftModel.from_pretrained(base, check_path(adapter, "adapter"), is_trainable=True)
+    if gradient_checkpointing:
+        checkpoint_activations(policy)
+    return policy
+
+
+def base_of(adapter: str) -> str:
+    """The base model that an adapter names."""
+    return str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Turn on gradient checkpointing that works with frozen embeddings: the non-reentrant kind."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def load_tokenizer(path_or_id: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model or adapter, with a padding token (EOS if it has none)."""
+    if adapter_folder(path_or_id) and not list(Path(path_or_id).glob("tokenizer*")):
+        path_or_id = base_of(path_or_id)
+    tokenizer = AutoTokenizer.from_pretrained(check_path(path_or_id, "tokenizer"), **kwargs)
+    return with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding with EOS if it has no padding token: padded positions are never scored or attended to."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def is_fresh(policy: PeftModel) -> bool:
+    """Whether every LoRA layer still adds exactly nothing: its A or its B is all zeros."""
+    for module in policy.modules():
+        if isinstance(module, LoraLayer):
+            for a, b in _factors(module, policy.active_adapters):
+                if bool(a.any()) and bool(b.any()):
+                    return False
+    return True
+
+
+def _factors(layer: LoraLayer, names: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The A and B of a LoRA layer's active adapters, of linear and embedding layers alike."""
+    linear = [(layer.lora_A[n].weight, layer.lora_B[n].weight) for n in names if n in layer.lora_A]
+    embedding = [(layer.lora_embedding_A[n], layer.lora_embedding_B[n]) for n in names if n in layer.lora_embedding_A]
+    return linear + embedding

@@ -1,0 +1,194 @@
+"""Rows of preference data, in every accepted form, as one form: a prompt, its completions, and pairs of indices.
+
+No tokens here. Prompts and completions are plain text or lists of messages; a prompt may be implied by what chosen and
+rejected have in common.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+Messages = list[dict[str, Any]]
+Text = str | Messages
+
+USED_COLUMNS = {
+    "prompt",
+    "conversations",
+    "chosen",
+    "rejected",
+    "completions",
+    "pairs",
+    "scores",
+    "ranks",
+    "tools",
+    "chat_template_kwargs",
+}
+"""Columns that are read; the start-up report names the others."""
+
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+
+FORMS = (
+    "`prompt, chosen, rejected`; `chosen, rejected`; `prompt, completions, pairs`; `prompt, completions, scores`; "
+    "or `prompt, completions, ranks`"
+)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One row in the common form.
+
+    Attributes:
+        prompt: Text or messages; None if it is what the completions (then whole texts) begin with.
+        completions: K >= 2 texts, or lists of messages.
+        pairs: `(chosen, rejected)` indices into the completions.
+    """
+
+    prompt: Text | None
+    completions: list[Text]
+    pairs: list[tuple[int, int]]
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the row holds messages rather than text."""
+        return not isinstance(self.completions[0], str)
+
+
+def _levels(values: Sequence[float]) -> list[list[int]]:
+    """Indices grouped by equal value, best (highest) first."""
+    return [[i for i, v in enumerate(values) if v == level] for level in sorted(set(values), reverse=True)]
+
+
+def _between(better: Sequence[Sequence[int]], worse: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Every index of one level with every index of the other, for each two levels at the same place."""
+    return [pair for high, low in zip(better, worse, strict=True) for pair in product(high, low)]
+
+
+PAIR_STRATEGIES: dict[str, Callable[[list[list[int]]], list[tuple[int, int]]]] = {
+    "all": lambda levels: [p for i, high in enumerate(levels) for low in levels[i + 1 :] for p in product(high, low)],
+    "best_vs_rest": lambda levels: _between([levels[0]] * (len(levels) - 1), levels[1:]),
+    "best_vs_worst": lambda levels: _between(levels[:1], levels[-1:]) if len(levels) > 1 else [],
+    "adjacent": lambda levels: _between(levels[:-1], levels[1:]),
+}
+"""How scores or ranks become pairs: from levels of equal value, best first, to pairs between different levels."""
+
+
+def pairs_from_scores(scores: Sequence[float], strategy: str = "all") -> list[tuple[int, int]]:
+    """Pairs `(chosen, rejected)` of a scored group; equal scores make no pair.
+
+    Args:
+        scores: K numbers, higher is better.
+        strategy: A name in `PAIR_STRATEGIES`.
+
+    >>> pairs_from_scores([0.1, 0.9, 0.5])
+    [(1, 2), (1, 0), (2, 0)]
+    >>> pairs_from_scores([0.1, 0.9, 0.5], "adjacent")
+    [(1, 2), (2, 0)]
+    >>> pairs_from_scores([1.0, 1.0])
+    []
+    """
+    return PAIR_STRATEGIES[strategy](_levels(scores))
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with `role` and `content`; ShareGPT's `from` and `value` are recognised."""
+    if "from" in message and "value" in message:
+        return {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
+    return {key: value for key, value in message.items() if value is not None or key == "content"}
+
+
+def _text(value: Any, name: str) -> Text:
+    """Text as it is; a message or a list of messages as a list of messages."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return [_message(value)]
+    if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
+        return [_message(message) for message in value]
+    raise ValueError(f"`{name}` must be text or a list of messages, got {type(value).__name__}. Convert the column.")
+
+
+def _check_pairs(pairs: Any, count: int) -> list[tuple[int, int]]:
+    """`pairs` as tuples of two different indices below `count`."""
+    checked = []
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(i, int) and 0 <= i < count for i in pair):
+            raise ValueError(
+                f"`pairs` must hold [chosen, rejected] indices below {count}, the number of completions, got "
+                f"{list(pair)}. Correct the row."
+            )
+        if pair[0] == pair[1]:
+            raise ValueError(f"`pairs` must name two different completions, got {list(pair)}. Remove the pair.")
+        checked.append((pair[0], pair[1]))
+    return checked
+
+
+def _pairs_of(row: Mapping[str, Any], count: int, strategy: str) -> list[tuple[int, int]]:
+    """The pairs of a row with `completions`, from its `pairs`, `scores` or `ranks`."""
+    if row.get("pairs") is not None:
+        return _check_pairs(row["pairs"], count)
+    name = "scores" if row.get("scores") is not None else "ranks"
+    values = row[name]
+    if len(values) != count:
+        raise ValueError(f"`{name}` must hold one number per completion ({count}), got {len(values)}. Correct the row.")
+    if any(value is None or value != value for value in values):
+        raise ValueError(f"`{name}` must be numbers, got {list(values)}. Remove the completions without one.")
+    return pairs_from_scores(values if name == "scores" else [-rank for rank in values], strategy)
+
+
+def _split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, list[Text]]:
+    """The common prefix in whole messages, and what follows it on each side."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    return chosen[:shared], [chosen[shared:], rejected[shared:]]
+
+
+def _require(condition: bool, row: Mapping[str, Any]) -> None:
+    if not condition:
+        raise ValueError(f"A data set must have the columns {FORMS}, got {sorted(row)}. Rename or add columns.")
+
+
+def _kinds(prompt: Text | None, completions: Sequence[Text]) -> None:
+    """Refuse rows that mix text and messages."""
+    kinds = {isinstance(text, str) for text in completions} | ({isinstance(prompt, str)} if prompt is not None else set())
+    if len(kinds) > 1:
+        raise ValueError("Prompt and completions must all be text or all be messages, got both. Convert one of them.")
+
+
+def parse_row(row: Mapping[str, Any], pair_strategy: str = "all") -> Preference:
+    """One row of any accepted form in the common form.
+
+    Args:
+        row: The row's columns; a column that is None counts as absent.
+        pair_strategy: How `scores` or `ranks` become pairs; a name in `PAIR_STRATEGIES`.
+
+    Returns:
+        The prompt (None if it is implied by two texts), the completions and the pairs.
+
+    Raises:
+        ValueError: For missing columns, indices out of range or equal, mixed text and messages.
+
+    >>> parse_row({"prompt": "2 + 2 =", "completions": [" 4", " 5"], "ranks": [1, 2]}).pairs
+    [(0, 1)]
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    if "prompt" not in row and "conversations" in row:
+        row["prompt"] = row["conversations"]
+    if "completions" in row:
+        _require("prompt" in row and bool(row.keys() & {"pairs", "scores", "ranks"}), row)
+        prompt: Text | None = _text(row["prompt"], "prompt")
+        completions = [_text(completion, "completions") for completion in row["completions"]]
+        if len(completions) < 2:
+            raise ValueError(f"`completions` must hold two or more, got {len(completions)}. Remove the row.")
+        pairs = _pairs_of(row, len(completions), pair_strategy)
+    else:
+        _require("chosen" in row and "rejected" in row, row)
+        chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
+        prompt, completions, pairs = None, [chosen, rejected], [(0, 1)]
+        if "prompt" in row:
+            prompt = _text(row["prompt"], "prompt")
+        elif not isinstance(chosen, str) and not isinstance(rejected, str):
+            prompt, completions = _split_messages(chosen, rejected)
+    _kinds(prompt, completions)
+    return Preference(prompt, completions, pairs)

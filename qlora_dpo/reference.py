@@ -1,0 +1,111 @@
+"""Which reference the policy is compared with: one call, from a batch to `(B,)` log-probabilities.
+
+The reference pass runs before the policy's, so its activations never sit on top of the policy's.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from qlora_dpo.forward import noise_off, score_batch
+from qlora_dpo.model import is_fresh
+
+
+class Reference(Protocol):
+    """Scores completions under the reference."""
+
+    kind: str
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """`(B,)` log-probabilities in nats, without gradient."""
+
+
+@contextlib.contextmanager
+def adapters_disabled(policy: PeftModel) -> Iterator[None]:
+    """The base model inside the block; adapters and every `requires_grad` as before after it, even after an error.
+
+    PEFT's own context manager leaves all weights of the active adapter trainable, also those the user had frozen.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    try:
+        with policy.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """The base model: the policy with its adapters disabled."""
+
+    policy: PeftModel
+    chunk_size: int | None = None
+    kind: str = "base"
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        with torch.no_grad(), adapters_disabled(self.policy), noise_off(self.policy):
+            return score_batch(model, batch, chunk_size=self.chunk_size)["logps"]
+
+
+@dataclass(frozen=True)
+class NoReference:
+    """No reference: log-probabilities of zero, so rewards are beta log pi."""
+
+    kind: str = "none"
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        return torch.zeros(len(batch["lengths"]), device=batch["targets"].device)
+
+
+def make_reference(kind: str, policy: PeftModel, chunk_size: int | None = None) -> Reference:
+    """The reference that the option `reference` names.
+
+    Args:
+        kind: `auto`, `base` or `none`.
+        policy: The model to train.
+        chunk_size: Positions in a tile of logits.
+
+    Raises:
+        NotImplementedError: If the policy's start is not its base model and `auto` is asked for.
+        ValueError: If training the adapter would change the base model itself.
+    """
+    if kind == "none":
+        return NoReference()
+    require_intact_base(policy)
+    if kind == "auto" and not is_fresh(policy):
+        raise NotImplementedError(
+            "`reference='auto'` needs a fresh adapter for now, got one that is trained. Pass reference='base' to compare "
+            "with the base model, or merge the adapter into the base and start a new one."
+        )
+    return BaseReference(policy, chunk_size)
+
+
+def require_intact_base(policy: PeftModel) -> None:
+    """Refuse adapters that train parts of the base, which would make the reference drift.
+
+    Raises:
+        ValueError: For trained biases or whole modules, and for adapters that are not layers.
+    """
+    for name in policy.active_adapters:
+        config = policy.peft_config[name]
+        if config.is_prompt_learning:
+            raise ValueError(f"The adapter must be made of layers, got {config.peft_type}. Use LoRA.")
+        for option, neutral in (("bias", "none"), ("modules_to_save", None)):
+            value = getattr(config, option, neutral)
+            if value not in (neutral, [], None):
+                raise ValueError(
+                    f"`{option}` must be {neutral!r}, got {value!r}: it trains the base model, which is the reference. "
+                    "Use reference='none' or leave it out."
+                )
+    strays = [name for name, p in policy.named_parameters() if p.requires_grad and policy.base_model.prefix not in name]
+    if strays:
+        raise ValueError(
+            f"Only adapter weights must be trainable, got {strays[:3]} too: the base model is the reference. "
+            "Freeze them with requires_grad_(False)."
+        )

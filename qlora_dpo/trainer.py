@@ -1,0 +1,436 @@
+"""`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.data import DataReport, prepare_dataset, show
+from qlora_dpo.evaluation import PairRecords
+from qlora_dpo.forward import (
+    LayoutProof,
+    check_logit_rule,
+    disable_dropout,
+    install_scoring,
+    noise_off,
+    prove_layout,
+    score_batch,
+    to_device,
+)
+from qlora_dpo.layouts import Group, GroupCollator, group_of, make_batch
+from qlora_dpo.losses import LOSSES, Scores
+from qlora_dpo.metrics import RunningSums, pair_table, preference_metrics, summarize
+from qlora_dpo.model import attach_adapter, is_fresh, is_quantized, keep_one_arithmetic, load_base, with_pad_token
+from qlora_dpo.model import load_tokenizer as load_tokenizer_of
+from qlora_dpo.record import write_record
+from qlora_dpo.reference import BaseReference, make_reference
+
+PROOF_SAMPLE = 2048
+"""Groups among which the longest is looked for, to prove the layout on."""
+
+
+class QLoRADPOTrainer(Trainer):
+    """Trains LoRA adapters on a (4-bit) base by Direct Preference Optimization.
+
+    The constructor is that of TRL's `DPOTrainer`. Logging, checkpoints, resuming, callbacks and progress bars are
+    `transformers.Trainer`'s own.
+
+    Args:
+        model: Hub id or folder (loaded in NF4 unless `quantization_config` says otherwise, with default LoRA unless
+            `peft_config` is given), a `PreTrainedModel` (needs `peft_config`) or a `PeftModel`, trained as it is.
+        ref_model: Must be None: the reference is the model itself with its adapters disabled.
+        args: The configuration; None for the defaults.
+        data_collator: Must be None or a `GroupCollator`.
+        train_dataset: Preference rows in any form `preferences.parse_row` accepts.
+        eval_dataset: The same, or several by name.
+        processing_class: The tokenizer; None to load it from the model's folder or id.
+        compute_metrics: Called once per evaluation with `EvalPrediction(predictions=(chosen, rejected) rewards `(T,)`
+            each, label_ids=row ids `(T,)`)`; None for the package's `evaluate` modules.
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
+        quantization_config: How to quantise a model given as a string.
+        peft_config: The adapter to attach.
+
+    Raises:
+        ValueError: For data or models that cannot be trained, before anything is.
+        NotImplementedError: For what is not built yet.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290; Dettmers et al. 2023, arXiv:2305.14314.
+    """
+
+    _tag_names = ["qlora-dpo", "dpo"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: QLoRADPOConfig | None = None,
+        data_collator: GroupCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = args or QLoRADPOConfig(output_dir="qlora-dpo-output")
+        _check_arguments(ref_model, args, data_collator, train_dataset, eval_dataset)
+        torch.manual_seed(args.seed)  # the adapter's A matrices are random
+        policy = _policy(model, args, quantization_config, peft_config)
+        tokenizer = _tokenizer(model, policy, args, processing_class)
+        keep_one_arithmetic(policy)
+        if args.disable_dropout:
+            disable_dropout(policy)
+        install_scoring(policy.get_base_model())
+        self.reference = make_reference(args.reference, policy, args.logps_chunk_size)
+        self.starts_at_reference = isinstance(self.reference, BaseReference) and is_fresh(policy)
+        self.loss = LOSSES[args.loss_type[0]]
+        self.data_reports: dict[str, DataReport] = {}
+        self.layout_proof: LayoutProof | None = None
+        self._proven = False
+        self._sums = RunningSums()
+        self._records: PairRecords | None = None
+        self._tokens_seen = 0
+        self._last_log = (time.perf_counter(), 0)
+        self._options: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "limits": args.token_limits,
+            "pair_strategy": args.pair_strategy,
+            "num_proc": args.dataset_num_proc,
+            "batch_size": args.per_device_train_batch_size,
+        }
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or GroupCollator(tokenizer.pad_token_id),
+            train_dataset=None if train_dataset is None else self._prepared(train_dataset, "train", args),
+            eval_dataset=None if eval_dataset is None else self._prepared_eval(eval_dataset, args),
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._signature_columns = ["prompt_ids", "completion_ids", "pairs", "row"]
+        self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
+        self.can_return_loss = True
+        self.model.get_base_model().add_model_tags(self._tag_names)
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def _prepared(self, dataset: Any, name: str, args: QLoRADPOConfig) -> Any:
+        """The data set tokenised, its report shown."""
+        with args.main_process_first(desc="tokenising"):
+            prepared, report = prepare_dataset(dataset, name=name, **self._options)
+        if report is not None:
+            self.data_reports[name] = report
+            if args.process_index == 0:
+                show(report)
+        return prepared
+
+    def _prepared_eval(self, dataset: Any, args: QLoRADPOConfig) -> Any:
+        if isinstance(dataset, Mapping):
+            return {name: self._prepared(one, name, args) for name, one in dataset.items()}
+        return self._prepared(dataset, "eval", args)
+
+    # ---- what is checked before the first number is used ---------------------------------------------------------
+
+    def _proof_groups(self) -> list[Group]:
+        """The longest group of the data at hand, and the shortest."""
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()))
+        if isinstance(dataset, IterableDataset):
+            rows = list(dataset.take(16))
+        else:
+            rows = list(dataset.select(range(min(len(dataset), PROOF_SAMPLE))))
+        groups = sorted((group_of(row) for row in rows), key=_longest_sequence)
+        return [groups[-1], groups[0]] if len(groups) > 1 else groups
+
+    def _prove(self) -> None:
+        """Choose the layout, and check the logits and the reference, on the longest and the shortest group."""
+        if self._proven:
+            return
+        groups = self._proof_groups()
+        device = self.args.device
+        with self.accelerator.autocast():
+            ids = [*groups[0].prompt_ids, *groups[0].completion_ids[0]]
+            check_logit_rule(self.model, ids, device)
+            self.data_collator.layout = self._chosen_layout(groups, device)
+            if self.starts_at_reference:
+                self._check_start(make_batch(groups, self.data_collator.layout, self.processing_class.pad_token_id))
+        self._proven = True
+
+    def _chosen_layout(self, groups: list[Group], device: torch.device) -> str:
+        """The layout asked for, or for `auto` the tree if it proves equal to one row at a time."""
+        asked = self.args.batch_layout
+        if asked != "auto":
+            return asked
+        self.layout_proof = prove_layout(self.model, groups, "tree", device)
+        if self.layout_proof.holds:
+            return "tree"
+        proof = self.layout_proof
+        warnings.warn(
+            f"batch_layout='auto' falls back to 'padded': in the 'tree' layout log-probabilities differ by "
+            f"{proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. {proof.reason}",
+            stacklevel=2,
+        )
+        return "padded"
+
+    def _check_start(self, batch: dict[str, Any]) -> None:
+        """At its own start the policy is the reference: every margin must be exactly 0.
+
+        Raises:
+            RuntimeError: If one is not.
+        """
+        batch = to_device(batch, self.args.device)
+        ref_logps = self.reference(self.model, batch)
+        with torch.no_grad(), noise_off(self.model):
+            pi_logps = score_batch(self.model, batch, chunk_size=self.args.logps_chunk_size)["logps"]
+        logratios = pi_logps - ref_logps
+        margins = logratios[batch["yw_idxs"]] - logratios[batch["yl_idxs"]]
+        worst = margins.abs().max().item()
+        if worst != 0 or logratios.abs().max().item() != 0:
+            raise RuntimeError(
+                f"Step-0 margins must be exactly 0, got {worst:.3g} nats: the policy does not start at its reference, "
+                "the model with its adapters disabled. An initialisation that changes the base (PiSSA, OLoRA, CorDA, "
+                "LoftQ) does this: use init_lora_weights=True."
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, after the checks on layout, logits and reference."""
+        if self.train_dataset is None:
+            raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
+        self._prove()
+        self._last_log = (time.perf_counter(), 0)
+        return super().train(*args, **kwargs)
+
+    # ---- the step ------------------------------------------------------------------------------------------------
+
+    def _scores(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Scores, dict[str, Tensor]]:
+        """Log-probabilities of a batch under reference and policy, and the statistics of the policy's tokens."""
+        ref_logps = self.reference(model, batch)
+        policy = score_batch(model, batch, statistics=True, chunk_size=self.args.logps_chunk_size)
+        scores = Scores(
+            pi_logps=policy["logps"],
+            ref_logps=ref_logps,
+            yw_idxs=batch["yw_idxs"],
+            yl_idxs=batch["yl_idxs"],
+            lengths=torch.tensor(batch["lengths"], device=ref_logps.device),
+            group=batch["group"],
+        )
+        return scores, policy
+
+    def _pair_losses(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """`(T,)` losses of a batch's pairs, and its pair table."""
+        scores, statistics = self._scores(model, batch)
+        losses = self.loss(scores, **self.args.loss_hyperparameters)
+        prompt_lengths = torch.tensor(batch["prompt_lengths"], device=losses.device)
+        return losses, pair_table(scores, losses, statistics, prompt_lengths, self.args.beta)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This batch's share of the step's loss, which is the mean over all pairs of the step.
+
+        `num_items_in_batch` is the number of pairs of the optimizer step, over all micro-batches and processes; DDP
+        averages gradients over processes, so each one's share is multiplied by their number.
+        """
+        losses, table = self._pair_losses(model, inputs)
+        if self.model.training:
+            self._sums.add(table, _unique_tokens(inputs))
+        pairs = len(losses) if num_items_in_batch is None else num_items_in_batch
+        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss = losses.sum() / pairs * processes
+        return (loss, {"losses": losses, "pairs": table}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Pairs in an optimizer step, over its micro-batches and all processes."""
+        pairs = sum(len(batch["rows"]) for batch in batch_samples)
+        if self.args.world_size == 1:
+            return pairs
+        return self.accelerator.reduce(torch.tensor(pairs, device=device), reduction="sum")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics of all pairs since the last line."""
+        if "loss" in logs:
+            logs.update(self._training_metrics())
+        super().log(logs, start_time)
+
+    def _training_metrics(self) -> dict[str, float]:
+        taken = self._sums.take()
+        if taken is None:
+            return {}
+        sums, pairs, unique_tokens = taken
+        now = time.perf_counter()
+        seconds = now - self._last_log[0]
+        self._last_log = (now, self.state.global_step)
+        self._tokens_seen += int(sums["num_tokens"])
+        return summarize(sums, pairs) | {
+            "num_tokens": self._tokens_seen,
+            "num_unique_tokens": unique_tokens,
+            "tokens_per_second": unique_tokens / seconds,
+            "pairs_per_second": pairs / seconds,
+        }
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Preference accuracy, margins and loss, exact per pair over the data set.
+
+        Args:
+            eval_dataset: Rows in any accepted form, several sets by name, or the name of one; None for the trainer's.
+            ignore_keys: As in `Trainer`.
+            metric_key_prefix: First part of every key.
+
+        Returns:
+            Metrics by key; `eval_<name>_...` for named sets.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared_eval(eval_dataset, self.args)
+        if eval_dataset is None and self.eval_dataset is None:
+            raise ValueError("`eval_dataset` must be given to evaluate, got None. Pass it here or to the trainer.")
+        if self.train_dataset is None and self.eval_dataset is None:
+            self.eval_dataset = eval_dataset
+        self._prove()
+        clock = time.perf_counter()
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._last_log = (self._last_log[0] + time.perf_counter() - clock, self._last_log[1])  # not training time
+        return metrics
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop, with metrics from the rows of the pair table instead of means of batch means."""
+        self._records = PairRecords()
+        with noise_off(self.model):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        records = self._records.gathered()
+        self._records = None
+        metrics = records.metrics() | {"num_tokens": self._tokens_seen}
+        prediction = EvalPrediction(
+            predictions=(records.column("reward_chosen"), records.column("reward_rejected")), label_ids=records.rows()
+        )
+        if self.compute_metrics is None:
+            metrics |= preference_metrics(*prediction.predictions)
+        else:
+            metrics |= self.compute_metrics(prediction)
+        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Score a batch without gradient and keep its pairs."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses, table = self._pair_losses(model, inputs)
+        if self._records is not None:
+            self._records.add(table, inputs["rows"], inputs["pair_ids"])
+        return losses.mean(), None, None
+
+    # ---- saving --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save adapter, tokenizer and `qlora_dpo.json`; never the arguments, which may hold a Hub token."""
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+        write_record(folder, self.model, self.args, self.reference.kind)
+
+
+def _longest_sequence(group: Group) -> int:
+    return len(group.prompt_ids) + max(len(ids) for ids in group.completion_ids)
+
+
+def _unique_tokens(batch: dict[str, Any]) -> int:
+    """Tokens placed in a batch's rows, without padding."""
+    if batch["attention_mask"] is None:
+        return batch["input_ids"].numel()
+    return len(batch["targets"]) - len(batch["lengths"]) + _prompt_tokens(batch)
+
+
+def _prompt_tokens(batch: dict[str, Any]) -> int:
+    """Prompt tokens of padded rows: one prompt per completion."""
+    counts = batch["group"].bincount().tolist()
+    return sum(length * count for length, count in zip(batch["prompt_lengths"], counts, strict=True))
+
+
+def _check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse constructor arguments that cannot be honoured."""
+    if not isinstance(args, QLoRADPOConfig):
+        raise TypeError(f"`args` must be a QLoRADPOConfig, got {type(args).__name__}. Build one from the same options.")
+    if ref_model is not None:
+        raise NotImplementedError(
+            f"`ref_model` must be None for now, got {type(ref_model).__name__}: the reference is the base model with its "
+            "adapters disabled."
+        )
+    if data_collator is not None and not isinstance(data_collator, GroupCollator):
+        raise TypeError(f"`data_collator` must be a GroupCollator, got {type(data_collator).__name__}. Leave it out.")
+    if train_dataset is None and eval_dataset is None:
+        raise ValueError("`train_dataset` or `eval_dataset` must be given, got neither. Pass one.")
+    datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])]
+    for dataset in datasets:
+        if dataset is not None and not isinstance(dataset, (Dataset, IterableDataset)):
+            raise TypeError(f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list.")
+
+
+def _policy(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft_config: Any) -> PeftModel:
+    """The model with an adapter to train: loaded, wrapped, or as it is."""
+    if isinstance(model, str):
+        kwargs = dict(args.model_init_kwargs or {}) | {"trust_remote_code": args.trust_remote_code}
+        base = load_base(model, quantization_config, **kwargs)
+        print(f"loaded {model} in {'4 bit' if is_quantized(base) else base.dtype} with {peft_config or 'default LoRA'}")
+        return attach_adapter(base, peft_config)
+    if quantization_config is not None:
+        raise ValueError("`quantization_config` must be None for a model that is loaded, got one. Pass the model's name.")
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise NotImplementedError(
+                "`peft_config` must be None for a model that has an adapter, got both: stacked adapters are not built "
+                "yet. Merge the adapter into the base, or train it."
+            )
+        return model
+    if peft_config is None:
+        quantized = "A quantised model" if is_quantized(model) else "A model without adapters"
+        raise ValueError(f"{quantized} cannot be trained by itself, got no adapter. Pass `peft_config`.")
+    return attach_adapter(model, peft_config)
+
+
+def _tokenizer(model: Any, policy: PeftModel, args: QLoRADPOConfig, tokenizer: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the model's own."""
+    if tokenizer is None:
+        source = model if isinstance(model, str) else policy.get_base_model().config._name_or_path
+        return load_tokenizer_of(source, trust_remote_code=args.trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`processing_class` must be a tokenizer, got {type(tokenizer).__name__}. Pass the tokenizer.")
+    return with_pad_token(tokenizer)
