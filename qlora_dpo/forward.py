@@ -184,8 +184,10 @@ def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device:
     """Score groups in a layout and row by row, without gradient, and compare.
 
     The yardstick is what `padded` itself differs by in this dtype: the same two rows alone, together, and together in
-    the other order. Where that is nothing at all (fp32 on some CPUs), one rounding of each token's log-probability,
-    added up like a random walk, stands in for it.
+    the other order. Where that is nothing at all (short rows on some CPUs), a few roundings of each token's
+    log-probability, added up like a random walk, stand in for it. Over 27 tiny families in units of one such rounding,
+    layouts that hold were within 5 in fp32 and 1 in bf16 (but for the expert choices of gpt-oss), those that do not
+    were at 580,000 and 9 or more.
 
     Args:
         model: A model prepared by `install_scoring`.
@@ -204,8 +206,9 @@ def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device:
         together = score_batch(model, to_device(make_batch([two], "padded"), device))["logps"]
         reordered = score_batch(model, to_device(make_batch([swapped], "padded"), device))["logps"].flip(0)
         noise = max((together - reordered).abs().max().item(), (together - alone[:2]).abs().max().item())
-        eps = torch.finfo(next(p.dtype for p in model.parameters() if p.is_floating_point())).eps
-        tolerance = 4 * max(noise, eps * spread.max().item())
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        roundings = 1 if dtype in (torch.bfloat16, torch.float16) else 4
+        tolerance = 4 * max(noise, roundings * torch.finfo(dtype).eps * spread.max().item())
         try:
             tried = score_batch(model, to_device(make_batch(groups, layout), device))["logps"]
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:

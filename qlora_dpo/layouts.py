@@ -12,7 +12,7 @@ Legend: B completions, T pairs, N scored tokens (all completions' tokens), R row
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -36,8 +36,11 @@ class Group:
     row: int = 0
 
 
-class Segment(NamedTuple):
+@dataclass(frozen=True)
+class Segment:
     """A run of queries in a row and the keys it sees: an earlier run (its prompt) and, causally, itself.
+
+    Not a tuple: Trainer and accelerate take tuples apart and put them together again.
 
     Attributes:
         start: First position of the run.

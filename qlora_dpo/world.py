@@ -4,7 +4,8 @@ Guests ask an innkeeper for things; the keeper answers in three clauses that car
 word is drawn from a pair of a kind and a gruff word, either side with probability one half, independently of the rest,
 and the reward of a completion is its number of kind words minus its number of gruff words. The text a base learns from
 holds each completion together with its mirror (every scored word swapped within its pair), so a trained base finds
-a completion as likely as its mirror and knows nothing of the reward. Preference training has to add it.
+a completion as likely as its mirror and knows nothing of the reward. Preference rows come with their mirrors too, so
+that base ranks one of two rows right whatever it thinks of the wording: its accuracy is one half by construction.
 
 Prompts are split once and for all: a held-out prompt occurs neither in the text of the base nor in the training rows,
 while each of its words occurs in both.
@@ -13,7 +14,6 @@ while each of its words occurs in both.
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -85,6 +85,7 @@ CLAUSES: tuple[tuple[str, ...], ...] = (
 KIND = frozenset(kind for pairs in PAIRS.values() for kind, _ in pairs)
 GRUFF = frozenset(gruff for pairs in PAIRS.values() for _, gruff in pairs)
 
+_OTHER = dict(pair[::side] for pairs in PAIRS.values() for pair in pairs for side in (1, -1))
 _GAP = re.compile(r"\{(\w+)\}")
 _WORD = re.compile(r"\w+")
 _PIECE = r" ?\w+|[^\w\s]"  # A token is a word with the space before it, or a mark: decoding gives the text back.
@@ -106,6 +107,15 @@ def true_reward(completion: str) -> float:
     return float(sum(word in KIND for word in words) - sum(word in GRUFF for word in words))
 
 
+def mirror(completion: str) -> str:
+    """Swaps every scored word within its pair, which turns the sign of the reward and leaves the rest alone.
+
+    >>> mirror(" The keeper smiles coldly.")
+    ' The keeper scowls warmly.'
+    """
+    return _WORD.sub(lambda word: _OTHER.get(word[0], word[0]), completion)
+
+
 def _split_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Gives all prompts as (training, held-out); every guest, thing and wish occurs on both sides."""
     training, heldout = [], []
@@ -122,40 +132,16 @@ TRAINING_PROMPTS, HELDOUT_PROMPTS = _split_prompts()
 SAMPLE_PROMPTS: tuple[str, ...] = tuple(random.Random("samples").sample(HELDOUT_PROMPTS, 16))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A completion whose scored words are open: the text with `{}` gaps and the (kind, gruff) pair of each gap."""
-
-    text: str
-    pairs: tuple[tuple[str, str], ...]
-
-    def say(self, kind: Sequence[bool]) -> str:
-        """Fills the gaps, the kind word where `kind` is true."""
-        return self.text.format(*(pair[not is_kind] for pair, is_kind in zip(self.pairs, kind, strict=True)))
-
-
 def _pick(rng: random.Random, items: Sequence[Item]) -> Item:
     """Draws an item, the i-th (from 1) with a weight of 1/i, so that log-probs differ for reasons but the reward."""
     return rng.choices(items, weights=[1 / rank for rank in range(1, len(items) + 1)])[0]
 
 
-def _draw_plan(rng: random.Random, prompt: str) -> _Plan:
-    """Draws the clauses and the word pairs of an answer to `prompt`."""
+def _draw_completion(rng: random.Random, prompt: str) -> str:
+    """Draws an answer to `prompt`: three clauses about the thing asked for, a fair coin for each scored word."""
     thing = next(word for word in _WORD.findall(prompt) if word in THINGS)
     form = "".join(_pick(rng, forms) for forms in CLAUSES).replace("{thing}", thing)
-    pairs = tuple(_pick(rng, PAIRS[gap]) for gap in _GAP.findall(form))
-    return _Plan(_GAP.sub("{}", form), pairs)
-
-
-def _draw_kind(rng: random.Random, plan: _Plan) -> list[bool]:
-    """Tosses a fair coin for each gap of the plan."""
-    return [rng.random() < 0.5 for _ in plan.pairs]
-
-
-def _draw_completion(rng: random.Random, prompt: str) -> str:
-    """Draws an answer to `prompt` as the base hears them."""
-    plan = _draw_plan(rng, prompt)
-    return plan.say(_draw_kind(rng, plan))
+    return _GAP.sub(lambda gap: rng.choice(_pick(rng, PAIRS[gap[1]])), form)
 
 
 def _draw_row(rng: random.Random, prompt: str) -> dict[str, str]:
@@ -167,16 +153,21 @@ def _draw_row(rng: random.Random, prompt: str) -> dict[str, str]:
 
 
 def _draw_rows(rng: random.Random, prompts: Sequence[str], count: int) -> list[dict[str, str]]:
-    """Draws `count` rows, going through the shuffled prompts as often as it takes."""
+    """Draws `count` rows, each second one the mirror of the first, going through the prompts as often as it takes."""
     shuffled = rng.sample(prompts, len(prompts))
-    return [_draw_row(rng, shuffled[index % len(shuffled)]) for index in range(count)]
+    rows = []
+    for index in range((count + 1) // 2):
+        row = _draw_row(rng, shuffled[index % len(shuffled)])
+        rows += [row, row | {"chosen": mirror(row["rejected"]), "rejected": mirror(row["chosen"])}]
+    return rows[:count]
 
 
 def make_preferences(n_train: int, n_heldout: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Makes the preference rows of the world.
 
     Args:
-        n_train: Number of training rows; prompts repeat, with other completions, beyond `len(TRAINING_PROMPTS)`.
+        n_train: Number of training rows, two for each prompt drawn: a pair and its mirror, in which the mirror of the
+            rejected completion is chosen. Prompts come again, with other completions, once all had their turn.
         n_heldout: Number of held-out rows, on prompts of `HELDOUT_PROMPTS` only.
         seed: Seed of both sets.
 
@@ -235,7 +226,9 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausa
         return LlamaForCausalLM(config)
 
 
-def _draw_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_batch(
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws `count` prompts with an answer and its mirror each.
 
     Returns:
@@ -243,9 +236,8 @@ def _draw_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, count: i
     """
     texts = []
     for prompt in rng.sample(TRAINING_PROMPTS, count):
-        plan = _draw_plan(rng, prompt)
-        kind = _draw_kind(rng, plan)
-        texts += [prompt + plan.say(kind), prompt + plan.say([not is_kind for is_kind in kind])]
+        completion = _draw_completion(rng, prompt)
+        texts += [prompt + completion, prompt + mirror(completion)]
     rows = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokenizer(texts)["input_ids"]]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     return tokens, tokens.masked_fill(tokens == tokenizer.pad_token_id, -100)

@@ -1,0 +1,258 @@
+"""The command line: `qlora-dpo demo`, `train` and `evaluate`, also as `python -m qlora_dpo`.
+
+Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config file.yaml` sets defaults and flags win.
+"""
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.data import load_rows
+from qlora_dpo.demo import DemoArguments, run_demo
+from qlora_dpo.model import default_quantization, load_policy, load_tokenizer
+from qlora_dpo.record import read_record
+from qlora_dpo.trainer import QLoRADPOTrainer
+
+METRICS_NAME = "metrics.json"
+
+
+@dataclass
+class DataArguments:
+    """Which rows to use."""
+
+    dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .parquet or .csv file or a folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on; slices such as 'train[:250]' are understood."}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, such as 'test' or 'train[250:]'. None: no evaluation."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train, and how its adapter is made."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the base model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the model outside the tree and packed layouts."}
+    )
+    load_in_4bit: bool = field(default=True, metadata={"help": "Load the base in 4 bit; --no_load_in_4bit for 16 bit."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit type: nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Adapter scale times rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter; needs --disable_dropout false."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt. Default: all linear layers but the head."}
+    )
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate."""
+
+    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .parquet or .csv file or a folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_test_split: str = field(default="train", metadata={"help": "Split to evaluate on."})
+
+
+def _as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options of a YAML file as command-line words, so that both are converted by the same rules."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *(str(item) for item in value)]
+        elif isinstance(value, dict):
+            words += [f"--{name}", json.dumps(value)]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def _yaml_options(path: str, known: set[str]) -> dict[str, Any]:
+    """Options of a YAML file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no mapping, or holds an option that nothing reads.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`--config` must be a YAML file, got {path}. Check the path.")
+    options = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}.")
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"Did you mean `{close[0]}`?" if close else "Remove it."
+            raise ValueError(f"Options in {path} must be known, got `{name}`. {hint}")
+    return options
+
+
+def parse(classes: Sequence[type], words: Sequence[str], program: str, defaults: dict[str, Any] | None = None) -> Any:
+    """Dataclasses from `--config` and flags.
+
+    Args:
+        classes: Dataclasses whose fields are the options.
+        words: The command line behind the command's name.
+        program: How the command is called, for help and errors.
+        defaults: Defaults that a file and flags override.
+
+    Raises:
+        ValueError: For options that nothing reads.
+    """
+    words = list(words)
+    parser = HfArgumentParser(classes, prog=program)
+    parser.set_defaults(**(defaults or {}))
+    config = None
+    if "--config" in words:
+        at = words.index("--config")
+        config, words = words[at + 1], words[:at] + words[at + 2 :]
+    if config is not None:
+        known = {f.name for cls in classes for f in fields(cls) if f.init}
+        options = _yaml_options(config, known)
+        words = _as_arguments(options) + words
+        parser.set_defaults(**{name: None for name, value in options.items() if value is None})
+    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False, return_remaining_strings=True)
+    if parsed[-1]:
+        raise ValueError(f"Options of {program} must be known, got {' '.join(parsed[-1])}. See {program} --help.")
+    return parsed[:-1]
+
+
+def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
+    lora = LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    quantization = default_quantization()
+    quantization.bnb_4bit_quant_type = model.bnb_4bit_quant_type
+    quantization.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
+    options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    return load_policy(
+        model.model_name_or_path,
+        peft_config=lora,
+        quantize=model.load_in_4bit,
+        quantization_config=quantization if model.load_in_4bit else None,
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+        trust_remote_code=args.trust_remote_code,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+
+def _write_metrics(folder: str, metrics: dict[str, Any]) -> None:
+    path = Path(folder, METRICS_NAME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(metrics, indent=2) + "\n")
+    print(f"metrics written to {path}")
+
+
+def _summary(title: str, metrics: dict[str, float]) -> str:
+    """One line a person reads."""
+    return (
+        f"{title}: preference accuracy {metrics['eval_rewards/accuracies']:.3f}, "
+        f"reward margin {metrics['eval_rewards/margins']:+.4f}, loss {metrics['eval_loss']:.4f}"
+    )
+
+
+def train(words: Sequence[str]) -> None:
+    """Train an adapter: `qlora-dpo train --model_name_or_path ... --dataset_name ... --output_dir ...`."""
+    data, model, args = parse((DataArguments, ModelArguments, QLoRADPOConfig), words, "qlora-dpo train")
+    load = {"path_or_id": data.dataset_name, "name": data.dataset_config}
+    train_rows = load_rows(split=data.dataset_train_split, **load)
+    test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None
+    tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    trainer = QLoRADPOTrainer(
+        model=_policy(model, args),
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=test_rows,
+        processing_class=tokenizer,
+    )
+    metrics: dict[str, Any] = {}
+    if test_rows is not None:
+        metrics["before"] = trainer.evaluate()
+    metrics["train"] = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    if test_rows is not None:
+        metrics["after"] = trainer.evaluate()
+        for title in ("before", "after"):
+            print(_summary(title, metrics[title]))
+    trainer.save_model()
+    trainer.save_state()
+    _write_metrics(args.output_dir, metrics)
+
+
+def evaluate(words: Sequence[str]) -> None:
+    """Evaluate a saved adapter: `qlora-dpo evaluate --adapter DIR --dataset_name ...`."""
+    if "--adapter" not in words:
+        parse((EvaluationArguments, QLoRADPOConfig), words, "qlora-dpo evaluate")
+    adapter = list(words)[list(words).index("--adapter") + 1]
+    record = read_record(adapter)
+    kept = ("reference", "beta", "loss_type", "label_smoothing", "max_length", "max_prompt_length")
+    defaults = {name: getattr(record, name) for name in kept} | {"output_dir": adapter}
+    chosen, args = parse((EvaluationArguments, QLoRADPOConfig), words, "qlora-dpo evaluate", defaults)
+    quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
+    policy = load_policy(
+        record.base,
+        adapter=chosen.adapter,
+        quantize=quantization is not None,
+        quantization_config=quantization,
+        gradient_checkpointing=False,
+        revision=record.base_revision or "main",
+        trust_remote_code=args.trust_remote_code,
+    )
+    rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
+    trainer = QLoRADPOTrainer(
+        model=policy, args=args, eval_dataset=rows, processing_class=load_tokenizer(chosen.adapter)
+    )
+    metrics = trainer.evaluate()
+    print(_summary(chosen.adapter, metrics))
+    _write_metrics(args.output_dir, metrics)
+
+
+def demo(words: Sequence[str]) -> None:
+    """See it work, without network or GPU, in under three minutes: `qlora-dpo demo`."""
+    (arguments,) = parse((DemoArguments,), words, "qlora-dpo demo")
+    _write_metrics(arguments.output_dir, run_demo(arguments))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"demo": demo, "train": train, "evaluate": evaluate}
+
+
+def _usage() -> str:
+    lines = [f"  {name:9} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: qlora-dpo COMMAND [options]", "", *lines, "", "qlora-dpo COMMAND --help lists options."])
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 for what the user can put right."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"A command must be one of {sorted(COMMANDS)}, got {words[0]}.\n{_usage()}", file=sys.stderr)
+        return 2
+    transformers_logging.set_verbosity_warning()
+    try:
+        COMMANDS[words[0]](words[1:])
+    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
+        print(f"qlora-dpo {words[0]}: {error}", file=sys.stderr)
+        return 2
+    return 0
