@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from qlora_dpo.forward import noise_off, score_batch
 from qlora_dpo.model import is_fresh
 
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations of LoRA that subtract the adapter's start from the base's weights."""
+
 
 class Reference(Protocol):
     """Scores completions under the reference."""
@@ -96,6 +99,12 @@ def require_intact_base(policy: PeftModel) -> None:
         config = policy.peft_config[name]
         if config.is_prompt_learning:
             raise ValueError(f"The adapter must be made of layers, got {config.peft_type}. Use LoRA.")
+        start = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"`init_lora_weights` must leave the base as it is, got {start!r}: the model with its adapters disabled "
+                "would not be the policy's start. Use init_lora_weights=True or 'gaussian'."
+            )
         for option, neutral in (("bias", "none"), ("modules_to_save", None)):
             value = getattr(config, option, neutral)
             if value not in (neutral, [], None):

@@ -82,10 +82,11 @@ CLAUSES: tuple[tuple[str, ...], ...] = (
     ),
 )
 
-KIND = frozenset(kind for pairs in PAIRS.values() for kind, _ in pairs)
-GRUFF = frozenset(gruff for pairs in PAIRS.values() for _, gruff in pairs)
+_ALL_PAIRS = tuple(pair for pairs in PAIRS.values() for pair in pairs)
+_OTHER = dict(_ALL_PAIRS) | {gruff: kind for kind, gruff in _ALL_PAIRS}
+KIND = frozenset(kind for kind, _ in _ALL_PAIRS)
+GRUFF = frozenset(gruff for _, gruff in _ALL_PAIRS)
 
-_OTHER = dict(pair[::side] for pairs in PAIRS.values() for pair in pairs for side in (1, -1))
 _GAP = re.compile(r"\{(\w+)\}")
 _WORD = re.compile(r"\w+")
 _PIECE = r" ?\w+|[^\w\s]"  # A token is a word with the space before it, or a mark: decoding gives the text back.
@@ -118,7 +119,8 @@ def mirror(completion: str) -> str:
 
 def _split_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Gives all prompts as (training, held-out); every guest, thing and wish occurs on both sides."""
-    training, heldout = [], []
+    training: list[str] = []
+    heldout: list[str] = []
     for i, guest in enumerate(GUESTS):
         for j, thing in enumerate(THINGS):
             for k, wish in enumerate(WISHES):

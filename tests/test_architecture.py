@@ -1,0 +1,70 @@
+"""Imports point down, and the checks that hold the house together can fail."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import qlora_dpo
+
+PACKAGE = Path(qlora_dpo.__file__).parent
+
+LAYERS = [
+    {"preferences", "losses", "logps", "metrics", "world"},
+    {"layouts", "attention", "data", "config"},
+    {"model", "forward"},
+    {"reference", "record"},
+    {"evaluation", "trainer"},
+    {"demo"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imported(source):
+    """Names of the package's modules that a source imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qlora_dpo."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("qlora_dpo.")}
+    return found
+
+
+def upward(sources):
+    """Imports that point to a higher layer, and modules that import each other."""
+    graph = {name: imported(source) for name, source in sources.items()}
+    bad = [(a, b) for a, targets in graph.items() for b in targets if LEVEL[b] > LEVEL[a]]
+    bad += [(a, b) for a, targets in graph.items() for b in targets if a in graph[b]]
+    return bad
+
+
+def sources():
+    return {path.stem: path.read_text() for path in PACKAGE.glob("*.py")}
+
+
+def test_every_module_has_a_layer():
+    assert set(sources()) == set(LEVEL)
+
+
+def test_imports_point_down():
+    assert upward(sources()) == []
+
+
+def test_an_upward_import_would_be_found():
+    assert upward(sources() | {"losses": "from qlora_dpo.trainer import QLoRADPOTrainer"}) != []
+
+
+def test_modules_are_small():
+    assert {name: n for name, text in sources().items() if (n := text.count("\n")) > 500} == {}
+
+
+def test_evaluate_modules_are_never_imported():
+    assert not any("evaluate_metrics" in str(imported(text)) for text in sources().values())
+
+
+def test_importing_the_package_needs_no_extra():
+    blocked = "import sys; sys.modules['trl'] = None; sys.modules['matplotlib'] = None; import qlora_dpo, qlora_dpo.cli"
+    assert subprocess.run([sys.executable, "-c", blocked], check=False).returncode == 0

@@ -1,0 +1,78 @@
+"""Options: defaults, and no option that lies."""
+
+import pytest
+import torch
+
+from qlora_dpo import QLoRADPOConfig
+from qlora_dpo.config import _NOT_BUILT
+
+
+def make(tmp_path, **options):
+    return QLoRADPOConfig(output_dir=str(tmp_path), report_to=[], **options)
+
+
+def test_defaults_are_those_of_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    theirs = trl.DPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=not torch.accelerator.is_available())
+    ours = make(tmp_path)
+    different = {"logging_nan_inf_filter", "pad_to_multiple_of", "router_aux_loss_coef", "loss_type"}
+    shared = (set(theirs.__dataclass_fields__) & set(ours.__dataclass_fields__)) - different
+    assert {"beta", "max_length", "learning_rate", "gradient_checkpointing", "logging_steps", "bf16"} <= shared
+    for name in shared - {"output_dir", "logging_dir", "run_name", "accelerator_config"}:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.loss_type == theirs.loss_type == ["sigmoid"]
+
+
+def test_device_and_precision_are_set_where_there_is_no_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    args = make(tmp_path)
+    assert args.use_cpu
+    assert args.bf16
+    assert not make(tmp_path, bf16=False).bf16
+
+
+def test_loss_type_may_be_a_name(tmp_path):
+    assert make(tmp_path, loss_type="hinge").loss_type == ["hinge"]
+    assert make(tmp_path, loss_type="hinge").loss_hyperparameters == {"beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.0}, "`beta` must be above 0"),
+        ({"label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "does not use it"),
+        ({"loss_type": "dpo"}, "`loss_type` must be one of"),
+        ({"batch_layout": "flat"}, "`batch_layout` must be one of"),
+        ({"reference": "sft"}, "`reference` must be one of"),
+        ({"pair_strategy": "some"}, "`pair_strategy` must be one of"),
+        ({"padding_free": True, "batch_layout": "padded"}, "`padding_free` must be False"),
+        ({"max_length": 0}, "`max_length` must be 1 or more"),
+        ({"logps_chunk_size": 0}, "`logps_chunk_size` must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+ASKED = {
+    "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "precompute_ref_log_probs": True,
+    "precompute_ref_batch_size": 4, "loss_weights": [0.5], "ld_alpha": 0.5, "f_divergence_type": "forward_kl",
+    "use_weighting": True, "sync_ref_model": True, "activation_offloading": True, "router_aux_loss_coef": 0.01,
+}  # fmt: skip
+
+
+def test_every_option_that_is_not_built_is_tested():
+    assert set(ASKED) == set(_NOT_BUILT)
+
+
+@pytest.mark.parametrize("name", sorted(ASKED))
+def test_what_is_not_built_is_refused_and_never_ignored(tmp_path, name):
+    with pytest.raises(NotImplementedError, match=f"`{name}` must be"):
+        make(tmp_path, **{name: ASKED[name]})
+
+
+def test_two_losses_are_refused(tmp_path):
+    with pytest.raises(NotImplementedError, match="one loss"):
+        make(tmp_path, loss_type=["sigmoid", "hinge"])

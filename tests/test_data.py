@@ -1,0 +1,190 @@
+"""Token ids, boundaries, truncation, what is dropped, and the report that says so."""
+
+import pytest
+from datasets import Dataset
+from tiny_chat import build_chat_tokenizer, chat_row, ranked_row
+from tokenizers import processors
+
+from qlora_dpo.data import LONG_PROMPT, NO_PAIRS, TokenLimits, load_rows, prepare_dataset, tokenize_row
+
+NO_LIMITS = TokenLimits()
+
+
+def ids_of(tokenizer, text):
+    return tokenizer.convert_tokens_to_ids(text.split())
+
+
+def tokenized(tokenizer, row, limits=NO_LIMITS, **options):
+    return tokenize_row(row, 0, tokenizer, limits, **options)
+
+
+def test_text_gets_one_bos_and_one_eos(tokenizer):
+    row = tokenized(tokenizer, {"prompt": "the cat", "chosen": " sees", "rejected": " finds the dog"})
+    assert row["prompt_ids"] == ids_of(tokenizer, "<s> the cat")
+    assert row["completion_ids"] == [ids_of(tokenizer, "sees </s>"), ids_of(tokenizer, "finds the dog </s>")]
+
+
+def test_special_tokens_are_never_doubled():
+    """A tokenizer that adds BOS and EOS to every text, and texts that hold them already."""
+    both = build_chat_tokenizer()
+    both.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    expected = [ids_of(both, "sees </s>"), ids_of(both, "finds </s>")]
+    for prompt, end in (("the cat", ""), ("<s> the cat", " </s>")):
+        row = tokenized(both, {"prompt": prompt, "chosen": f" sees{end}", "rejected": f" finds{end}"})
+        assert row["prompt_ids"] == ids_of(both, "<s> the cat")
+        assert row["completion_ids"] == expected
+
+
+def test_a_tokenizer_without_bos_adds_none():
+    plain = build_chat_tokenizer(add_bos=False)
+    row = tokenized(plain, {"prompt": "the cat", "chosen": " sees", "rejected": " finds"})
+    assert row["prompt_ids"] == ids_of(plain, "the cat")
+
+
+def test_messages_get_the_tokens_the_template_renders(tokenizer):
+    found = tokenized(tokenizer, chat_row(0))
+    row = chat_row(0)
+    whole = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], tokenize=True, return_dict=True)["input_ids"]
+    assert found["prompt_ids"] + found["completion_ids"][0] == whole
+
+
+def test_a_template_that_renders_the_lone_prompt_differently_moves_the_boundary(tokenizer):
+    thinking = build_chat_tokenizer()
+    thinking.chat_template = tokenizer.chat_template.replace("<assistant>{% endif %}", "<assistant> ok{% endif %}")
+    row = tokenized(thinking, chat_row(1))
+    assert row["boundary_moved"]
+    assert thinking.decode(row["prompt_ids"]).endswith("<assistant>")
+    assert not tokenized(tokenizer, chat_row(1))["boundary_moved"]
+
+
+def test_template_keywords_and_tools_reach_the_template():
+    telling = build_chat_tokenizer()
+    telling.chat_template = "{{ '<s> red' if red }} {{ tools[0]['name'] if tools }} " + telling.chat_template[3:]
+    row = chat_row(1) | {"chat_template_kwargs": {"red": True}, "tools": '[{"name": "river"}]'}
+    assert tokenized(telling, row)["prompt_ids"][:3] == ids_of(telling, "<s> red river")
+
+
+def test_implied_text_prompt_ends_in_tokens(tokenizer):
+    row = tokenized(tokenizer, {"chosen": "the cat sees", "rejected": "the cat sees the dog"})
+    assert row["prompt_ids"] == ids_of(tokenizer, "<s> the cat sees")
+    assert row["completion_ids"] == [ids_of(tokenizer, "</s>"), ids_of(tokenizer, "the dog </s>")]
+
+
+def test_equal_completions_of_a_group_are_one(tokenizer):
+    row = {"prompt": "the", "completions": [" cat", " dog", " cat", " bird"], "pairs": [[0, 1], [2, 1], [3, 2], [0, 2]]}
+    found = tokenized(tokenizer, row)
+    assert len(found["completion_ids"]) == 3
+    assert found["pairs"] == [[0, 1], [0, 1], [2, 0]]
+
+
+def test_completions_in_no_pair_are_not_computed(tokenizer):
+    row = {"prompt": "the", "completions": [" cat", " dog", " bird"], "pairs": [[2, 0]]}
+    found = tokenized(tokenizer, row)
+    assert found["completion_ids"] == [ids_of(tokenizer, "bird </s>"), ids_of(tokenizer, "cat </s>")]
+    assert found["pairs"] == [[0, 1]]
+
+
+def test_completions_are_cut_at_their_end_and_long_prompts_dropped(tokenizer):
+    row = {"prompt": "the cat sees", "chosen": " the red dog", "rejected": " a blue bird"}
+    assert tokenized(tokenizer, row, TokenLimits(6))["completion_ids"][0] == ids_of(tokenizer, "the red")
+    assert tokenized(tokenizer, row, TokenLimits(6))["truncated"]
+    assert tokenized(tokenizer, row, TokenLimits(4))["dropped"] == LONG_PROMPT
+    kept = tokenized(tokenizer, row, TokenLimits(4, max_prompt_length=2))
+    assert kept["prompt_ids"] == ids_of(tokenizer, "cat sees")
+    assert not kept["dropped"]
+
+
+def test_pairs_that_truncation_makes_equal_are_dropped(tokenizer):
+    row = {"prompt": "the", "chosen": " cat sees", "rejected": " cat finds"}
+    assert tokenized(tokenizer, row, TokenLimits(3))["dropped"] == NO_PAIRS
+    assert not tokenized(tokenizer, row, TokenLimits(4))["dropped"]
+
+
+def test_a_prompt_without_tokens_is_dropped():
+    plain = build_chat_tokenizer(add_bos=False)
+    assert "nothing predicts" in tokenized(plain, {"prompt": "", "chosen": "cat", "rejected": "dog"})["dropped"]
+
+
+def test_report_counts_what_happened(tokenizer):
+    rows = [ranked_row(seed) for seed in range(5)]
+    rows.append({"prompt": "cat", "completions": [" dog", " dog"], "scores": [1.0, 2.0]})
+    rows.append({"prompt": "cat " * 30, "completions": [" dog", " bird"], "scores": [1.0, 2.0]})
+    dataset = Dataset.from_list([row | {"source": "x"} for row in rows])
+    kept, report = prepare_dataset(dataset, tokenizer, TokenLimits(20), batch_size=2)
+    assert (report.rows, report.groups) == (7, 5)
+    assert report.pairs == sum(len(row["pairs"]) for row in kept)
+    assert report.dropped == {NO_PAIRS: 1, LONG_PROMPT: 1}
+    assert report.unused_columns == ["source"]
+    lengths = [len(row["prompt_ids"]) + len(ids) for row in kept for ids in row["completion_ids"]]
+    assert report.length_max == max(lengths)
+    unique = sum(len(row["prompt_ids"]) + sum(len(ids) - 1 for ids in row["completion_ids"]) for row in kept)
+    assert report.tokens == unique
+    widths = [[len(r["prompt_ids"]) + len(ids) for r in kept.select(at) for ids in r["completion_ids"]] for at in ([0, 1], [2, 3], [4])]
+    assert report.tokens_padded == sum(len(w) * max(w) for w in widths)
+    for shown in ("7 rows -> 5 groups", "dropped 1", "columns not used: source", "chosen", "rejected", "<s>"):
+        assert shown in str(report)
+
+
+def test_tokenising_again_comes_from_the_cache(tokenizer, tmp_path):
+    dataset = Dataset.from_list([chat_row(seed) for seed in range(4)])
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    fingerprints = {
+        prepare_dataset(load_rows(str(tmp_path / "rows.parquet")), tokenizer, limits)[0]._fingerprint
+        for limits in (NO_LIMITS, NO_LIMITS)
+    }
+    assert len(fingerprints) == 1
+
+
+def test_tokenised_rows_pass_through(tokenizer, chat_rows):
+    kept, _ = prepare_dataset(chat_rows, tokenizer, NO_LIMITS)
+    again, report = prepare_dataset(kept, tokenizer, NO_LIMITS)
+    assert again is kept
+    assert report is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "p", "text": "t"}], "must have the columns"),
+        ([{"prompt": "the", "chosen": " cat", "rejected": " cat"}], "all 1 were dropped"),
+        ([{"prompt": "the", "completions": [" a", " b"], "pairs": [[0, 5]]}], "Row 0 .* below 2"),
+        ([{"prompt": "the", "completions": [" a", " b"], "pairs": [[1, 1]]}], "Row 0 .* two different"),
+    ],
+)
+def test_bad_data_is_refused_before_training(tokenizer, rows, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_dataset(Dataset.from_list(rows), tokenizer, NO_LIMITS)
+
+
+def test_an_empty_data_set_is_refused(tokenizer, chat_rows):
+    with pytest.raises(ValueError, match="must have rows"):
+        prepare_dataset(chat_rows.select([]), tokenizer, NO_LIMITS)
+
+
+def test_messages_without_a_chat_template_are_refused(chat_rows):
+    bare = build_chat_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        prepare_dataset(chat_rows, bare, NO_LIMITS)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
+def test_local_files_are_read(tmp_path, suffix):
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+    path = str(tmp_path / f"rows.{suffix}")
+    {"jsonl": rows.to_json, "json": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[suffix](path)
+    assert load_rows(path, "train[:2]").to_list() == rows.select([0, 1]).to_list()
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    for path in (str(tmp_path / "no.jsonl"), "./nowhere", "no.parquet"):
+        with pytest.raises(FileNotFoundError, match="Check the path"):
+            load_rows(path)
+
+
+def test_an_unknown_file_type_is_refused(tmp_path):
+    (tmp_path / "rows.txt").write_text("x")
+    with pytest.raises(ValueError, match="Convert it"):
+        load_rows(str(tmp_path / "rows.txt"))

@@ -1,0 +1,99 @@
+"""Pair tables, pooled keys, and the modules that `evaluate.load` takes."""
+
+import doctest
+import importlib
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+
+from qlora_dpo.losses import Scores
+from qlora_dpo.metrics import COLUMNS, EVALUATE_MODULES, RunningSums, pair_table, preference_metrics, summarize
+from reference_impl import pair_metrics
+
+
+def batch_of(seed, completions=6, pairs=4):
+    """Random scores of two prompts, with a tie between the first two completions."""
+    generator = torch.Generator().manual_seed(seed)
+    pi, ref = -10 * torch.rand(2, completions, dtype=torch.float64, generator=generator)
+    pi[1], ref[1] = pi[0], ref[0]
+    w = torch.tensor([0, *torch.randint(0, 3, (pairs - 1,), generator=generator).tolist()])
+    l = torch.tensor([1, *torch.randint(3, completions, (pairs - 1,), generator=generator).tolist()])
+    lengths = torch.randint(1, 9, (completions,), generator=generator)
+    scores = Scores(pi, ref, w, l, lengths, torch.tensor([0, 0, 0, 1, 1, 1]))
+    statistics = {k: torch.rand(completions, generator=generator).double() for k in ("entropy", "mean_logits", "is_top1")}
+    return scores, statistics, torch.tensor([5, 7])
+
+
+def table_of(seed):
+    scores, statistics, prompts = batch_of(seed)
+    return pair_table(scores, torch.ones(len(scores.yw_idxs)), statistics, prompts, beta=0.5)
+
+
+def test_summary_equals_a_numpy_oracle():
+    scores, statistics, prompts = batch_of(0)
+    table = pair_table(scores, torch.arange(4.0), statistics, prompts, beta=0.5)
+    shown = summarize(dict(zip(COLUMNS, table.sum(0).tolist(), strict=True)), 4)
+    rewards = 0.5 * (scores.pi_logps - scores.ref_logps).numpy()
+    w, l, lengths = scores.yw_idxs.numpy(), scores.yl_idxs.numpy(), scores.lengths.numpy()
+    expected = pair_metrics(rewards[w], rewards[l])
+    assert shown["rewards/accuracies"] == pytest.approx(expected["accuracy"])
+    assert shown["rewards/ties"] == pytest.approx(0.25)
+    assert shown["rewards/margins"] == pytest.approx(expected["margin"])
+    assert shown["loss"] == pytest.approx(1.5)
+    entropy, top1 = statistics["entropy"].numpy(), statistics["is_top1"].numpy()
+    tokens = lengths[w].sum() + lengths[l].sum()
+    assert shown["entropy"] == pytest.approx((entropy[w].sum() + entropy[l].sum()) / tokens)
+    assert shown["mean_token_accuracy"] == pytest.approx(top1[w].sum() / lengths[w].sum())
+    prompt_of = prompts.numpy()[scores.group.numpy()]
+    assert table[:, COLUMNS.index("num_tokens")].sum() == (prompt_of[w] + prompt_of[l]).sum() + tokens
+
+
+def test_running_sums_pool_pairs_not_batches():
+    """One batch of 4 pairs and one of 1: the mean over 5 pairs, not the mean of two means."""
+    sums, first, second = RunningSums(), table_of(1), table_of(2)[:1]
+    sums.add(first, 10)
+    sums.add(second, 3)
+    found, pairs, unique_tokens = sums.take()
+    assert (pairs, unique_tokens) == (5, 13)
+    assert found["reward_chosen"] == pytest.approx(torch.cat((first, second))[:, 1].sum().item())
+    assert sums.take() is None
+
+
+def test_modules_load_offline_and_agree_with_numpy():
+    chosen, rejected = [1.0, 0.5, 0.2, 3.0], [0.0, 0.5, 0.9, -1.0]
+    found = preference_metrics(chosen, rejected)
+    expected = pair_metrics(np.array(chosen), np.array(rejected))
+    assert found["preference_accuracy"] == pytest.approx(expected["accuracy"])
+    assert found["tie_share"] == 0.25
+    assert found["implicit_reward_margin"] == pytest.approx(expected["margin"])
+
+
+@pytest.mark.parametrize("name", ["preference_accuracy", "implicit_reward_margin"])
+def test_modules_add_batches(name):
+    module = evaluate.load(str(EVALUATE_MODULES / name))
+    module.add_batch(chosen_rewards=[1.0, 2.0], rejected_rewards=[0.0, 3.0])
+    module.add(chosen_rewards=5.0, rejected_rewards=1.0)
+    whole = evaluate.load(str(EVALUATE_MODULES / name)).compute(
+        chosen_rewards=[1.0, 2.0, 5.0], rejected_rewards=[0.0, 3.0, 1.0]
+    )
+    assert module.compute() == whole
+
+
+@pytest.mark.parametrize("name", ["preference_accuracy", "implicit_reward_margin"])
+def test_module_examples_are_true(name, monkeypatch):
+    monkeypatch.chdir(EVALUATE_MODULES.parent.parent)
+    source = (EVALUATE_MODULES / name / f"{name}.py").read_text()
+    example = doctest.DocTestParser().get_doctest(source[: source.index('"""', source.index(">>>"))], {"evaluate": evaluate}, name, name, 0)
+    assert len(example.examples) == 2
+    runner = doctest.DocTestRunner()
+    runner.run(example)
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("module", ["losses", "logps", "metrics", "preferences", "attention"])
+def test_docstring_examples_are_true(module):
+    found = doctest.testmod(importlib.import_module(f"qlora_dpo.{module}"), extraglobs={"torch": torch})
+    assert found.attempted > 0
+    assert found.failed == 0

@@ -1,0 +1,82 @@
+"""Every accepted row form, and a clear error for every other."""
+
+import pytest
+
+from qlora_dpo.preferences import PAIR_STRATEGIES, pairs_from_scores, parse_row
+
+USER = {"role": "user", "content": "hi"}
+YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
+
+
+def test_prompt_chosen_rejected_is_one_pair():
+    found = parse_row({"prompt": "a", "chosen": " b", "rejected": " c"})
+    assert (found.prompt, found.completions, found.pairs) == ("a", [" b", " c"], [(0, 1)])
+    assert not found.conversational
+
+
+def test_implied_prompt_of_messages_is_their_common_prefix_in_whole_messages():
+    found = parse_row({"chosen": [USER, YES], "rejected": [USER, NO]})
+    assert (found.prompt, found.completions) == ([USER], [[YES], [NO]])
+
+
+def test_implied_prompt_of_text_is_left_to_the_tokens():
+    found = parse_row({"chosen": "The sky is blue.", "rejected": "The sky is black."})
+    assert found.prompt is None
+    assert found.completions == ["The sky is blue.", "The sky is black."]
+
+
+def test_sharegpt_rows_are_recognised():
+    row = {
+        "conversations": [{"from": "human", "value": "hi"}],
+        "chosen": {"from": "gpt", "value": "yes"},
+        "rejected": {"from": "gpt", "value": "no"},
+    }
+    found = parse_row(row)
+    assert (found.prompt, found.completions) == ([USER], [[YES], [NO]])
+
+
+def test_ranks_are_best_at_one_and_scores_best_at_most():
+    completions = ["a", "b", "c"]
+    by_rank = parse_row({"prompt": "p", "completions": completions, "ranks": [2, 1, 3]})
+    by_score = parse_row({"prompt": "p", "completions": completions, "scores": [0.5, 0.9, 0.1]})
+    assert by_rank.pairs == by_score.pairs == [(1, 0), (1, 2), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pairs"),
+    [
+        ("all", [(1, 0), (1, 2), (1, 3), (0, 3), (2, 3)]),
+        ("best_vs_rest", [(1, 0), (1, 2), (1, 3)]),
+        ("best_vs_worst", [(1, 3)]),
+        ("adjacent", [(1, 0), (1, 2), (0, 3), (2, 3)]),
+    ],
+)
+def test_equal_scores_make_no_pair(strategy, pairs):
+    """Scores 5, 9, 5, 1: one best, two equal, one worst."""
+    assert sorted(pairs_from_scores([5, 9, 5, 1], strategy)) == sorted(pairs)
+
+
+@pytest.mark.parametrize("strategy", sorted(PAIR_STRATEGIES))
+def test_all_equal_scores_make_no_pair_at_all(strategy):
+    assert pairs_from_scores([1.0, 1.0, 1.0], strategy) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "chosen": "c"}, "must have the columns"),
+        ({"prompt": "p", "completions": ["a", "b"]}, "must have the columns"),
+        ({"prompt": "p", "completions": ["a", "b"], "pairs": [[0, 2]]}, "below 2"),
+        ({"prompt": "p", "completions": ["a", "b"], "pairs": [[-1, 0]]}, "below 2"),
+        ({"prompt": "p", "completions": ["a", "b"], "pairs": [[1, 1]]}, "two different"),
+        ({"prompt": "p", "completions": ["a", "b"], "pairs": [[0]]}, "must hold"),
+        ({"prompt": "p", "completions": ["a"], "pairs": []}, "two or more"),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [1.0]}, "one number per completion"),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [1.0, float("nan")]}, "must be numbers"),
+        ({"prompt": "p", "chosen": [YES], "rejected": [NO]}, "all be text or all be messages"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "text or a list of messages"),
+    ],
+)
+def test_bad_rows_are_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        parse_row(row)
