@@ -32,12 +32,12 @@ def visible(length: int, prefix_length: int, window: int | None, device: torch.d
     [[1, 1, 0], [1, 1, 1]]
     """
     keys = prefix_length + length
-    windowed = window is not None and window < keys
-    if prefix_length == 0 and not windowed:
+    if window is not None and window >= keys:
+        window = None
+    if prefix_length == 0 and window is None:
         return None
     distance = torch.arange(prefix_length, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
-    mask = distance >= 0
-    return mask & (distance < window) if windowed else mask
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _keys_of(x: Tensor, segment: Segment) -> Tensor:

@@ -54,7 +54,9 @@ class ModelArguments:
     use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Adapter scale times rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter; needs --disable_dropout false."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapter; needs --disable_dropout false."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers to adapt. Default: all linear layers but the head."}
     )

@@ -123,9 +123,7 @@ class QLoRADPOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata=_help("Keyword arguments of `from_pretrained`, for a model given as a string.")
     )
-    trust_remote_code: bool = field(
-        default=False, metadata=_help("Run Python code that a model repository ships.")
-    )
+    trust_remote_code: bool = field(default=False, metadata=_help("Run Python code that a model repository ships."))
 
     truncation_mode: str = field(default="keep_start", metadata=_help("Only `keep_start`: cut at the end."))
     pad_to_multiple_of: int | str | None = field(default="auto", metadata=_help("Not built yet: only None or `auto`."))

@@ -102,10 +102,12 @@ def _once(ids: list[int], token_id: int | None, at_start: bool) -> list[int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference) -> list[list[int]]:
-    """Token ids of the prompt, and of prompt + each completion: one BOS if the tokenizer adds one, one EOS at the end."""
+    """Token ids of the prompt and of prompt + each completion: one BOS if the tokenizer adds one, one EOS at the end."""
     eos = tokenizer.eos_token or ""
     prompt = preference.prompt or ""
-    wholes = [f"{prompt}{text}" if str(text).endswith(eos) else f"{prompt}{text}{eos}" for text in preference.completions]
+    wholes = [
+        f"{prompt}{text}" if str(text).endswith(eos) else f"{prompt}{text}{eos}" for text in preference.completions
+    ]
     prompt_ids, *whole_ids = tokenizer([str(prompt), *wholes])["input_ids"]
     if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not str(prompt).endswith(eos or "\0"):
         prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS; a prompt goes on
@@ -229,8 +231,8 @@ class DataReport:
         lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
         if self.boundary_moved_share:
             lines.append(
-                f"  prompt ends before its last token in {self.boundary_moved_share:.1%} of rows: alone it is tokenised "
-                "or rendered differently"
+                f"  prompt ends before its last token in {self.boundary_moved_share:.1%} of rows: alone it is "
+                "tokenised or rendered differently"
             )
         if self.unused_columns:
             lines.append(f"  columns not used: {', '.join(self.unused_columns)}")
@@ -257,7 +259,12 @@ def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, width: 
 
 
 def _report(
-    name: str, mapped: Dataset, kept: Dataset, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int
+    name: str,
+    mapped: Dataset,
+    kept: Dataset,
+    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
 ) -> DataReport:
     prompt_lengths = [len(ids) for ids in kept["prompt_ids"]]
     completion_lengths = [np.array([len(ids) for ids in group]) for group in kept["completion_ids"]]

@@ -19,13 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.model import load_policy
 from qlora_dpo.trainer import QLoRADPOTrainer
-from qlora_dpo.world import HELDOUT_PROMPTS, build_tokenizer, make_preferences, save_base, train_base, true_reward
+from qlora_dpo.world import SAMPLE_PROMPTS, make_preferences, save_base, true_reward
 
-TRAIN_ROWS = 400
-HELDOUT_ROWS = 100
-BATCH = 8
+TRAIN_ROWS = 1280
+HELDOUT_ROWS = 240
+BATCH = 16
 LEARNING_RATE = 1e-3
-BETA = 0.1
+BETA = 0.5
+SHOWN = 4
+"""Prompts whose samples are printed; `metrics.json` holds all."""
 
 
 @dataclass
@@ -33,8 +35,8 @@ class DemoArguments:
     """Options of the demo."""
 
     output_dir: str = field(default="demo", metadata={"help": "Where base, adapter and metrics.json go."})
-    max_steps: int = field(default=60, metadata={"help": "DPO steps."})
-    base_steps: int = field(default=300, metadata={"help": "Steps of training the base."})
+    max_steps: int = field(default=80, metadata={"help": "DPO steps."})
+    base_steps: int = field(default=120, metadata={"help": "Steps of training the base."})
     seed: int = field(default=0, metadata={"help": "Seed of base, data and adapter."})
 
 
@@ -48,7 +50,7 @@ def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def _progress(step: int, loss: float) -> None:
-    if step % 50 == 0:
+    if step % 40 == 0:
         print(f"   step {step}: loss {loss:.3f}", flush=True)
 
 
@@ -64,7 +66,8 @@ def _samples(policy: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: lis
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
-                max_new_tokens=60,
+                temperature=0.7,
+                max_new_tokens=48,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
             )
@@ -79,7 +82,7 @@ def _mean_reward(completions: list[str]) -> float:
 
 def _show(prompts: list[str], before: list[str], after: list[str]) -> None:
     """Samples side by side, one block a prompt, each with its true reward."""
-    for prompt, old, new in zip(prompts, before, after, strict=True):
+    for prompt, old, new in zip(prompts, before, after, strict=False):
         print(f"\n  {prompt}")
         print(f"    before ({true_reward(old):+.0f})  {old}")
         print(f"    after  ({true_reward(new):+.0f})  {new}")
@@ -94,6 +97,8 @@ def _trainer(arguments: DemoArguments, base: str) -> QLoRADPOTrainer:
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=BATCH,
         learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=arguments.max_steps // 10,
         beta=BETA,
         logging_steps=max(1, arguments.max_steps // 6),
         gradient_checkpointing=False,
@@ -121,11 +126,9 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     """
     seconds: dict[str, float] = {}
     base = str(Path(arguments.output_dir, "base"))
-    prompts = list(HELDOUT_PROMPTS)
+    prompts = list(SAMPLE_PROMPTS)
     with _phase("training a small base model", seconds):
-        tokenizer = build_tokenizer()
-        model = train_base(tokenizer, steps=arguments.base_steps, seed=arguments.seed, progress=_progress)
-        save_base(base, model, tokenizer)
+        save_base(base, steps=arguments.base_steps, seed=arguments.seed, progress=_progress)
     with _phase("quantising to NF4, evaluating before", seconds):
         trainer = _trainer(arguments, base)
         before = trainer.evaluate()
@@ -136,11 +139,15 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         after = trainer.evaluate()
         samples_after = _samples(trainer.model, trainer.processing_class, prompts, arguments.seed)
     trainer.save_model()
-    _show(prompts, samples_before, samples_after)
+    _show(prompts[:SHOWN], samples_before, samples_after)
     rewards = {"before": _mean_reward(samples_before), "after": _mean_reward(samples_after)}
-    print(f"\npreference accuracy on held-out prompts: {before['eval_rewards/accuracies']:.2f} before, "
-          f"{after['eval_rewards/accuracies']:.2f} after")
+    print(
+        f"\npreference accuracy on held-out prompts: {before['eval_rewards/accuracies']:.2f} before, "
+        f"{after['eval_rewards/accuracies']:.2f} after"
+    )
     print(f"mean true reward of samples: {rewards['before']:+.2f} before, {rewards['after']:+.2f} after")
     print(f"adapter saved in {arguments.output_dir}; {sum(seconds.values()):.0f} s in all")
-    samples = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, samples_before, samples_after, strict=True)]
+    samples = [
+        {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, samples_before, samples_after, strict=True)
+    ]
     return {"before": before, "after": after, "true_reward": rewards, "samples": samples, "seconds": seconds}

@@ -165,6 +165,7 @@ class LayoutProof:
 
     @property
     def holds(self) -> bool:
+        """Whether the layout may be used."""
         return self.difference <= self.tolerance
 
 

@@ -141,7 +141,8 @@ def make_batch(groups: Sequence[Group], layout: str, pad_token_id: int = 0) -> d
         `lengths`: B host integers, scored tokens of each completion;
         `group` `(B,)`: group of each completion; `prompt_lengths`: tokens of each group's prompt, host integers;
         `yw_idxs`, `yl_idxs` `(T,)`: the pairs, as indices into the B completions;
-        `rows`, `pair_ids`: T host integers each, data-set row and number within the row of each pair.
+        `rows`, `pair_ids`: T host integers each, data-set row and number within the row of each pair;
+        `num_tokens`: both sides of every pair with their prompt, a host integer, as TRL counts.
     """
     rows = _PLACE[layout](groups)
     width = max(len(ids) for ids in rows.input_ids)
@@ -165,9 +166,10 @@ def make_batch(groups: Sequence[Group], layout: str, pad_token_id: int = 0) -> d
 def _pairs(groups: Sequence[Group]) -> dict[str, Any]:
     """The pairs of the groups as indices into the completions of the batch."""
     chosen, rejected, row_ids, pair_ids = [], [], [], []
-    first = 0
+    first = num_tokens = 0
     for group in groups:
         for number, (w, l) in enumerate(group.pairs):
+            num_tokens += 2 * len(group.prompt_ids) + len(group.completion_ids[w]) + len(group.completion_ids[l])
             chosen.append(first + w)
             rejected.append(first + l)
             row_ids.append(group.row)
@@ -178,6 +180,7 @@ def _pairs(groups: Sequence[Group]) -> dict[str, Any]:
         "yl_idxs": torch.tensor(rejected),
         "rows": row_ids,
         "pair_ids": pair_ids,
+        "num_tokens": num_tokens,
     }
 
 
@@ -194,6 +197,7 @@ class GroupCollator:
     layout: str = "padded"
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of some tokenised rows."""
         return make_batch([group_of(row) for row in rows], self.layout, self.pad_token_id)
 
 

@@ -86,7 +86,7 @@ def tile_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def tile_statistics(logits: Tensor, probabilities: Tensor, normaliser: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """`STATISTICS` of one tile, each `(n,)`: entropy in nats, mean over the vocabulary of the logits, 1 if top token."""
+    """`STATISTICS` of one tile, each `(n,)`: entropy in nats, mean logit over the vocabulary, 1 if top token."""
     expected = torch.bmm(probabilities[:, None], logits[:, :, None])[:, 0, 0]
     return {
         "entropy": normaliser - expected,
@@ -104,7 +104,7 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -133,7 +133,7 @@ class _FrozenHead(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         (unit_gradient,) = ctx.saved_tensors
         grad = (upstream[0][:, None] * unit_gradient).to(unit_gradient.dtype)
         return grad, None, None, None, None, None, None
@@ -158,7 +158,8 @@ def frozen_head_token_scores(
         statistics: Whether to compute `STATISTICS` too.
 
     Returns:
-        `token_logps` `(N,)` in nats, differentiable in `hidden`, and `(N,)` per statistic without gradient; fp32 or wider.
+        `token_logps` `(N,)` in nats, differentiable in `hidden`, and `(N,)` per statistic without gradient; at least
+        fp32.
     """
     chunk = chunk_length(head.out_features, chunk_size)
     outputs = _FrozenHead.apply(hidden, head.weight, head.bias, targets, rule, chunk, statistics)

@@ -28,7 +28,6 @@ COLUMNS = (
     "tokens_rejected",
     "entropy",
     "top1_chosen",
-    "num_tokens",
 )
 """Columns of the pair table: per pair, or summed over the scored tokens of one or both of its completions."""
 
@@ -56,23 +55,20 @@ def accuracy_and_ties(margins: Tensor) -> tuple[Tensor, Tensor]:
     return (margins > 0).to(margins.dtype) + ties / 2, ties
 
 
-def pair_table(
-    scores: Scores, losses: Tensor, statistics: Mapping[str, Tensor], prompt_lengths: Tensor, beta: float
-) -> Tensor:
+def pair_table(scores: Scores, losses: Tensor, statistics: Mapping[str, Tensor], beta: float) -> Tensor:
     """The numbers of every pair, on the device and without gradient.
 
     Args:
         scores: Log-probabilities and pairs of the batch.
         losses: `(T,)`.
         statistics: `(B,)` sums over tokens of `entropy`, `mean_logits` and `is_top1`.
-        prompt_lengths: `(G,)` tokens of each group's prompt.
         beta: Factor of the rewards.
 
     Returns:
-        `(T, len(COLUMNS))`, fp64 where the device has it. `num_tokens` counts both sides with their prompt, as TRL.
+        `(T, len(COLUMNS))`, fp64 where the device has it.
     """
     w, l = scores.yw_idxs, scores.yl_idxs
-    rewards, lengths, prompts = scores.rewards(beta), scores.lengths, prompt_lengths[scores.group]
+    rewards, lengths = scores.rewards(beta), scores.lengths
     accuracy, ties = accuracy_and_ties(rewards[w] - rewards[l])
     logps, logits, entropy = scores.pi_logps.detach(), statistics["mean_logits"], statistics["entropy"]
     columns = {
@@ -89,7 +85,6 @@ def pair_table(
         "tokens_rejected": lengths[l],
         "entropy": entropy[w] + entropy[l],
         "top1_chosen": statistics["is_top1"][w],
-        "num_tokens": (prompts + lengths)[w] + (prompts + lengths)[l],
     }
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64
     return torch.stack([columns[name].to(wide) for name in COLUMNS], dim=1)

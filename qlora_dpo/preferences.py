@@ -151,7 +151,9 @@ def _require(condition: bool, row: Mapping[str, Any]) -> None:
 
 def _kinds(prompt: Text | None, completions: Sequence[Text]) -> None:
     """Refuse rows that mix text and messages."""
-    kinds = {isinstance(text, str) for text in completions} | ({isinstance(prompt, str)} if prompt is not None else set())
+    kinds = {isinstance(text, str) for text in completions} | (
+        {isinstance(prompt, str)} if prompt is not None else set()
+    )
     if len(kinds) > 1:
         raise ValueError("Prompt and completions must all be text or all be messages, got both. Convert one of them.")
 

@@ -22,7 +22,9 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class Reference(Protocol):
     """Scores completions under the reference."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """`base` or `none`, as `qlora_dpo.json` has it."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """`(B,)` log-probabilities in nats, without gradient."""
@@ -52,6 +54,7 @@ class BaseReference:
     kind: str = "base"
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """`(B,)` log-probabilities under the base, in nats."""
         with torch.no_grad(), adapters_disabled(self.policy), noise_off(self.policy):
             return score_batch(model, batch, chunk_size=self.chunk_size)["logps"]
 
@@ -63,6 +66,7 @@ class NoReference:
     kind: str = "none"
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """`(B,)` zeros."""
         return torch.zeros(len(batch["lengths"]), device=batch["targets"].device)
 
 
@@ -83,8 +87,8 @@ def make_reference(kind: str, policy: PeftModel, chunk_size: int | None = None) 
     require_intact_base(policy)
     if kind == "auto" and not is_fresh(policy):
         raise NotImplementedError(
-            "`reference='auto'` needs a fresh adapter for now, got one that is trained. Pass reference='base' to compare "
-            "with the base model, or merge the adapter into the base and start a new one."
+            "`reference='auto'` needs a fresh adapter for now, got one that is trained. Pass reference='base' to "
+            "compare with the base model, or merge the adapter into the base and start a new one."
         )
     return BaseReference(policy, chunk_size)
 
@@ -102,8 +106,8 @@ def require_intact_base(policy: PeftModel) -> None:
         start = getattr(config, "init_lora_weights", True)
         if isinstance(start, str) and start.startswith(_CHANGES_BASE):
             raise ValueError(
-                f"`init_lora_weights` must leave the base as it is, got {start!r}: the model with its adapters disabled "
-                "would not be the policy's start. Use init_lora_weights=True or 'gaussian'."
+                f"`init_lora_weights` must leave the base as it is, got {start!r}: the model with its adapters "
+                "disabled would not be the policy's start. Use init_lora_weights=True or 'gaussian'."
             )
         for option, neutral in (("bias", "none"), ("modules_to_save", None)):
             value = getattr(config, option, neutral)

@@ -1,5 +1,6 @@
 """`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -102,13 +103,14 @@ class QLoRADPOTrainer(Trainer):
         self.reference = make_reference(args.reference, policy, args.logps_chunk_size)
         self.starts_at_reference = isinstance(self.reference, BaseReference) and is_fresh(policy)
         self.loss = LOSSES[args.loss_type[0]]
+        if isinstance(train_dataset, IterableDataset):  # dispatching would cut a batch's tensors by their first size
+            args.accelerator_config.dispatch_batches = False
         self.data_reports: dict[str, DataReport] = {}
         self.layout_proof: LayoutProof | None = None
         self._proven = False
         self._sums = RunningSums()
         self._records: PairRecords | None = None
-        self._tokens_seen = 0
-        self._last_log = (time.perf_counter(), 0)
+        self._last_log = time.perf_counter()
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "limits": args.token_limits,
@@ -187,8 +189,8 @@ class QLoRADPOTrainer(Trainer):
             return "tree"
         proof = self.layout_proof
         warnings.warn(
-            f"batch_layout='auto' falls back to 'padded': in the 'tree' layout log-probabilities differ by "
-            f"{proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. {proof.reason}",
+            f"batch_layout='auto' falls back to 'padded': in the 'tree' layout log-probabilities differ "
+            f"by {proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. {proof.reason}",
             stacklevel=2,
         )
         return "padded"
@@ -218,7 +220,7 @@ class QLoRADPOTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
         self._prove()
-        self._last_log = (time.perf_counter(), 0)
+        self._last_log = time.perf_counter()
         return super().train(*args, **kwargs)
 
     # ---- the step ------------------------------------------------------------------------------------------------
@@ -241,8 +243,7 @@ class QLoRADPOTrainer(Trainer):
         """`(T,)` losses of a batch's pairs, and its pair table."""
         scores, statistics = self._scores(model, batch)
         losses = self.loss(scores, **self.args.loss_hyperparameters)
-        prompt_lengths = torch.tensor(batch["prompt_lengths"], device=losses.device)
-        return losses, pair_table(scores, losses, statistics, prompt_lengths, self.args.beta)
+        return losses, pair_table(scores, losses, statistics, self.args.beta)
 
     def compute_loss(
         self,
@@ -283,15 +284,23 @@ class QLoRADPOTrainer(Trainer):
             return {}
         sums, pairs, unique_tokens = taken
         now = time.perf_counter()
-        seconds = now - self._last_log[0]
-        self._last_log = (now, self.state.global_step)
-        self._tokens_seen += int(sums["num_tokens"])
+        seconds, self._last_log = now - self._last_log, now
         return summarize(sums, pairs) | {
-            "num_tokens": self._tokens_seen,
+            "num_tokens": self._tokens_seen(),
             "num_unique_tokens": unique_tokens,
             "tokens_per_second": unique_tokens / seconds,
             "pairs_per_second": pairs / seconds,
         }
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count tokens as TRL does, both sides with their prompt, where checkpoints keep the count."""
+        self.state.num_input_tokens_seen += inputs["num_tokens"]
+
+    def _tokens_seen(self) -> int:
+        seen = self.state.num_input_tokens_seen
+        if self.args.world_size == 1:
+            return seen
+        return int(self.accelerator.reduce(torch.tensor(seen, device=self.args.device), reduction="sum"))
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -318,9 +327,9 @@ class QLoRADPOTrainer(Trainer):
         if self.train_dataset is None and self.eval_dataset is None:
             self.eval_dataset = eval_dataset
         self._prove()
-        clock = time.perf_counter()
+        start = time.perf_counter()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._last_log = (self._last_log[0] + time.perf_counter() - clock, self._last_log[1])  # not training time
+        self._last_log += time.perf_counter() - start  # not training time
         return metrics
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -330,7 +339,7 @@ class QLoRADPOTrainer(Trainer):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         records = self._records.gathered()
         self._records = None
-        metrics = records.metrics() | {"num_tokens": self._tokens_seen}
+        metrics = records.metrics() | {"num_tokens": self._tokens_seen()}
         prediction = EvalPrediction(
             predictions=(records.column("reward_chosen"), records.column("reward_rejected")), label_ids=records.rows()
         )
@@ -391,8 +400,8 @@ def _check_arguments(ref_model: Any, args: Any, data_collator: Any, train_datase
         raise TypeError(f"`args` must be a QLoRADPOConfig, got {type(args).__name__}. Build one from the same options.")
     if ref_model is not None:
         raise NotImplementedError(
-            f"`ref_model` must be None for now, got {type(ref_model).__name__}: the reference is the base model with its "
-            "adapters disabled."
+            f"`ref_model` must be None for now, got {type(ref_model).__name__}: the reference is the base model with "
+            "its adapters disabled."
         )
     if data_collator is not None and not isinstance(data_collator, GroupCollator):
         raise TypeError(f"`data_collator` must be a GroupCollator, got {type(data_collator).__name__}. Leave it out.")
@@ -401,18 +410,28 @@ def _check_arguments(ref_model: Any, args: Any, data_collator: Any, train_datase
     datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])]
     for dataset in datasets:
         if dataset is not None and not isinstance(dataset, (Dataset, IterableDataset)):
-            raise TypeError(f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list.")
+            raise TypeError(
+                f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list."
+            )
+
+
+def _keywords(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """`model_init_kwargs` as a dict: the command line gives JSON, which `TrainingArguments` has decoded by now."""
+    return dict(value) if isinstance(value, dict) else {}
 
 
 def _policy(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft_config: Any) -> PeftModel:
     """The model with an adapter to train: loaded, wrapped, or as it is."""
     if isinstance(model, str):
-        kwargs = dict(args.model_init_kwargs or {}) | {"trust_remote_code": args.trust_remote_code}
+        kwargs = _keywords(args.model_init_kwargs) | {"trust_remote_code": args.trust_remote_code}
         base = load_base(model, quantization_config, **kwargs)
-        print(f"loaded {model} in {'4 bit' if is_quantized(base) else base.dtype} with {peft_config or 'default LoRA'}")
+        weights = "4 bit" if is_quantized(base) else str(base.dtype)
+        print(f"loaded {model} in {weights}, with {peft_config or 'default LoRA'}", file=sys.stderr)
         return attach_adapter(base, peft_config)
     if quantization_config is not None:
-        raise ValueError("`quantization_config` must be None for a model that is loaded, got one. Pass the model's name.")
+        raise ValueError(
+            "`quantization_config` must be None for a model that is loaded, got one. Pass the model's name."
+        )
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise NotImplementedError(

@@ -9,9 +9,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from datasets import Dataset
-from tiny_chat import CHAT_ROWS, build_chat_tokenizer, build_tiny_llama
 
 from qlora_dpo import QLoRADPOConfig
+
+from tiny_chat import CHAT_ROWS, build_chat_tokenizer, build_tiny_llama
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,11 @@
 
 import pytest
 from datasets import Dataset
-from tiny_chat import build_chat_tokenizer, chat_row, ranked_row
 from tokenizers import processors
 
 from qlora_dpo.data import LONG_PROMPT, NO_PAIRS, TokenLimits, load_rows, prepare_dataset, tokenize_row
+
+from tiny_chat import build_chat_tokenizer, chat_row, ranked_row
 
 NO_LIMITS = TokenLimits()
 
@@ -121,7 +122,10 @@ def test_report_counts_what_happened(tokenizer):
     assert report.length_max == max(lengths)
     unique = sum(len(row["prompt_ids"]) + sum(len(ids) - 1 for ids in row["completion_ids"]) for row in kept)
     assert report.tokens == unique
-    widths = [[len(r["prompt_ids"]) + len(ids) for r in kept.select(at) for ids in r["completion_ids"]] for at in ([0, 1], [2, 3], [4])]
+    widths = [
+        [len(r["prompt_ids"]) + len(ids) for r in kept.select(at) for ids in r["completion_ids"]]
+        for at in ([0, 1], [2, 3], [4])
+    ]
     assert report.tokens_padded == sum(len(w) * max(w) for w in widths)
     for shown in ("7 rows -> 5 groups", "dropped 1", "columns not used: source", "chosen", "rejected", "<s>"):
         assert shown in str(report)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, ROW_LOCAL, add_lora, build, make_groups
 from transformers import AttentionInterface
 
 from qlora_dpo.forward import install_scoring, prove_layout, score_batch
@@ -12,7 +11,9 @@ from qlora_dpo.layouts import LAYOUTS, Group, make_batch
 from qlora_dpo.losses import dpo_loss
 from qlora_dpo.model import checkpoint_activations
 from qlora_dpo.reference import adapters_disabled
+
 from reference_impl import completion_logps, groups_loss
+from tiny_models import ARCHITECTURES, ROW_LOCAL, add_lora, build, make_groups
 
 FP32_INSIDE = {"deepseek_v3": "its router", "mamba": "its scan", "bloom": "its softmax"}
 """What transformers computes in fp32 even in an fp64 model, so that a row's neighbours move the last digits."""
@@ -22,7 +23,9 @@ BETA = 0.1
 CPU = torch.device("cpu")
 
 
-def wide_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_):
+def wide_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_
+):
     """One causal sequence per row with a softmax in the dtype of the scores: eager attention narrows fp64 to fp32."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

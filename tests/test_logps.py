@@ -1,9 +1,10 @@
 """The chunked head against full logits, in values and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
-from types import SimpleNamespace
 
 from qlora_dpo.logps import (
     LogitRule,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlora_dpo.losses import LOSSES, Scores, dpo_loss, loss_parameters
+
 from reference_impl import pair_loss
 
 

@@ -1,5 +1,7 @@
 """Loading: real 4-bit layers, fp32 adapters, and no change of arithmetic along the way."""
 
+import random
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -26,10 +28,10 @@ def policy(base_folder):
     return load_policy(base_folder)
 
 
-def gradient(policy, layout="tree"):
+def gradient(policy, layout="tree", groups=None):
     policy.zero_grad()
     policy.train()
-    score_batch(policy, make_batch(GROUPS, layout))["logps"].sum().backward()
+    score_batch(policy, make_batch(groups or GROUPS, layout))["logps"].sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
@@ -60,7 +62,9 @@ def test_adapter_is_lora_of_rank_16_in_fp32_on_all_linear_layers_but_the_head(po
 def test_checkpointing_works_with_frozen_embeddings(base_folder):
     def run(**options):
         torch.manual_seed(0)
-        policy = load_policy(base_folder, peft_config=LoraConfig(target_modules="all-linear", init_lora_weights=False), **options)
+        policy = load_policy(
+            base_folder, peft_config=LoraConfig(target_modules="all-linear", init_lora_weights=False), **options
+        )
         install_scoring(policy.get_base_model())
         return gradient(policy)
 
@@ -97,21 +101,33 @@ def test_gradients_are_bit_equal_before_and_after_evaluation_and_generation(base
     assert torch.equal(gradient(policy), before)
 
 
+def long_groups(seed):
+    rng = random.Random(seed)
+
+    def ids(length):
+        return [rng.randrange(8, 29) for _ in range(length)]
+
+    return [Group(ids(12), [ids(40), ids(25)], [(0, 1)]), Group(ids(3), [ids(9), ids(30), ids(20)], [(0, 1)])]
+
+
 def test_layouts_agree_on_a_four_bit_base_to_bf16_rounding(base_folder):
-    """bf16 keeps 8 bits: a token's log-probability of about -5 nats is rounded by up to 0.02, and a completion's sum
-    moves by the root of its length times that. Measured: 0.12 nats between layouts on completions of -30 nats; gradients
-    0.03 of their norm. A wrong mask moves the sums by 5 nats."""
+    """To 0.04 nats and 1.2 % of the gradient's norm.
+
+    Measured over three seeds, on completions of about -90 nats: 0.02 nats and 0.6 %. A plain causal mask over the
+    tree's row is off by 3.4 to 3.8 nats.
+    """
     torch.manual_seed(0)
     policy = load_policy(base_folder, peft_config=LoraConfig(target_modules="all-linear", init_lora_weights=False))
     install_scoring(policy.get_base_model())
-    found = {}
-    for layout in LAYOUTS:
-        grad = gradient(policy, layout)
-        with torch.no_grad():
-            found[layout] = score_batch(policy, make_batch(GROUPS, layout))["logps"], grad
-    for layout in ("tree", "packed"):
-        assert (found[layout][0] - found["padded"][0]).abs().max() < 0.25
-        assert (found[layout][1] - found["padded"][1]).norm() < 0.06 * found["padded"][1].norm()
+    for seed in range(3):
+        found = {}
+        for layout in LAYOUTS:
+            grad = gradient(policy, layout, long_groups(seed))
+            with torch.no_grad():
+                found[layout] = score_batch(policy, make_batch(long_groups(seed), layout))["logps"], grad
+        for layout in ("tree", "packed"):
+            assert (found[layout][0] - found["padded"][0]).abs().max() < 0.04
+            assert (found[layout][1] - found["padded"][1]).norm() < 0.012 * found["padded"][1].norm()
 
 
 def test_a_saved_adapter_loads_with_the_base_it_names(policy, tmp_path, base_folder):

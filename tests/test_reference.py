@@ -3,11 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny_chat import build_tiny_llama
 
 from qlora_dpo.forward import install_scoring, noise_off, score_batch
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.reference import adapters_disabled, make_reference
+
+from tiny_chat import build_tiny_llama
 
 BATCH = make_batch([Group([9, 12, 14], [[10, 11, 8, 2], [13, 9, 2]], [(0, 1)])], "tree")
 

@@ -6,7 +6,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the a red blue cat dog bird sees finds likes tree house river today slowly gladly never always ok yes no".split()
+WORDS = (
+    "the a red blue cat dog bird sees finds likes tree house river today slowly gladly never always ok yes no".split()
+)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "<system>", "<end>"]
 TEMPLATE = (
     "<s>{% for m in messages %}{{ '<' + m['role'] + '>' }} {{ m['content'] }}<end>{% endfor %}"
