@@ -66,6 +66,7 @@ class QLoRADPOConfig(TrainingArguments):
         default=True,
         metadata=_help("Recompute activations in the backward pass instead of keeping them."),
     )
+    fp16: bool = field(default=False, metadata=_help("Compute in fp16 mixed precision, for a GPU without bf16."))
     bf16: bool | None = field(
         default=None,
         metadata=_help("Compute in bf16 mixed precision. Default: on, unless `fp16` is or the GPU has no bf16."),
@@ -154,9 +155,8 @@ class QLoRADPOConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
-            bf16 = not self.fp16 and best_precision() == "bf16"
-            self.fp16 = self.fp16 or not bf16
-            self.bf16 = bf16
+            self.fp16 = bool(self.fp16) or best_precision() == "fp16"
+            self.bf16 = not self.fp16
 
     def _check(self) -> None:
         """Refuse what cannot be right, with the way out."""

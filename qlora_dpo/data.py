@@ -102,7 +102,7 @@ def _once(ids: list[int], token_id: int | None, at_start: bool) -> list[int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference) -> list[list[int]]:
-    """Token ids of the prompt and of prompt + each completion: one BOS if the tokenizer adds one, one EOS at the end."""
+    """Token ids of the prompt and of prompt + each completion: one BOS if the tokenizer adds one, one EOS last."""
     eos = tokenizer.eos_token or ""
     prompt = preference.prompt or ""
     wholes = [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.model import load_policy
@@ -52,6 +52,19 @@ def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
 def _progress(step: int, loss: float) -> None:
     if step % 40 == 0:
         print(f"   step {step}: loss {loss:.3f}", flush=True)
+
+
+class _Lines(TrainerCallback):
+    """One line per log in place of a dictionary."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Print a training log."""
+        if logs and "rewards/margins" in logs:
+            print(
+                f"   step {state.global_step:2} of {state.max_steps}: loss {logs['loss']:.3f}, "
+                f"accuracy {logs['rewards/accuracies']:.2f}, margin {logs['rewards/margins']:+.2f}",
+                flush=True,
+            )
 
 
 def _samples(policy: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int) -> list[str]:
@@ -103,15 +116,32 @@ def _trainer(arguments: DemoArguments, base: str) -> QLoRADPOTrainer:
         logging_steps=max(1, arguments.max_steps // 6),
         gradient_checkpointing=False,
         save_strategy="no",
+        disable_tqdm=True,
         report_to=[],
         seed=arguments.seed,
     )
-    return QLoRADPOTrainer(
+    trainer = QLoRADPOTrainer(
         model=load_policy(base, gradient_checkpointing=False),
         args=args,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(heldout_rows),
+        callbacks=[_Lines()],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _untrained_control(trainer: QLoRADPOTrainer, seed: int) -> dict[str, float]:
+    """Evaluation of an adapter of random weights, which are put back to zero: what accuracy means without training."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for factor in factors:
+            factor.normal_(std=0.02, generator=generator)
+        metrics = trainer.evaluate()
+        for factor in factors:
+            factor.zero_()
+    return metrics
 
 
 def run_demo(arguments: DemoArguments) -> dict[str, Any]:
@@ -121,7 +151,8 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         arguments: Where to write and how long to train.
 
     Returns:
-        `before` and `after`: the evaluation's keys on held-out prompts; `true_reward`: its mean over samples before
+        `before` and `after`: the evaluation's keys on held-out prompts; `control`: the same of an adapter of random
+        weights; `true_reward`: its mean over samples before
         and after; `samples`; `seconds` by phase.
     """
     seconds: dict[str, float] = {}
@@ -132,6 +163,7 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     with _phase("quantising to NF4, evaluating before", seconds):
         trainer = _trainer(arguments, base)
         before = trainer.evaluate()
+        control = _untrained_control(trainer, arguments.seed)
         samples_before = _samples(trainer.model, trainer.processing_class, prompts, arguments.seed)
     with _phase("DPO", seconds):
         trainer.train()
@@ -141,13 +173,25 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
     trainer.save_model()
     _show(prompts[:SHOWN], samples_before, samples_after)
     rewards = {"before": _mean_reward(samples_before), "after": _mean_reward(samples_after)}
-    print(
-        f"\npreference accuracy on held-out prompts: {before['eval_rewards/accuracies']:.2f} before, "
-        f"{after['eval_rewards/accuracies']:.2f} after"
-    )
-    print(f"mean true reward of samples: {rewards['before']:+.2f} before, {rewards['after']:+.2f} after")
+    _print_summary(before, control, after, rewards)
     print(f"adapter saved in {arguments.output_dir}; {sum(seconds.values()):.0f} s in all")
-    samples = [
-        {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, samples_before, samples_after, strict=True)
-    ]
-    return {"before": before, "after": after, "true_reward": rewards, "samples": samples, "seconds": seconds}
+    both = zip(prompts, samples_before, samples_after, strict=True)
+    return {
+        "before": before,
+        "control": control,
+        "after": after,
+        "true_reward": rewards,
+        "samples": [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in both],
+        "seconds": seconds,
+    }
+
+
+def _print_summary(
+    before: dict[str, float], control: dict[str, float], after: dict[str, float], rewards: dict[str, float]
+) -> None:
+    """Accuracy, margin and true reward before and after."""
+    print("\non prompts that occur in no training text:")
+    for name, metrics in (("before", before), ("random adapter", control), ("after DPO", after)):
+        accuracy, margin = metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"]
+        print(f"  {name:15} preference accuracy {accuracy:.2f}, implicit reward margin {margin:+.2f}")
+    print(f"  mean true reward of samples: {rewards['before']:+.1f} before, {rewards['after']:+.1f} after")

@@ -51,7 +51,7 @@ def install_scoring(model: PreTrainedModel) -> None:
         return token_scores(rows, head, score["targets"], rule, score["chunk_size"], score["statistics"])
 
     forward.scores = True  # type: ignore[attr-defined]
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def score_batch(

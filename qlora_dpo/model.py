@@ -165,7 +165,7 @@ def base_of(adapter: str) -> str:
     return str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Turn on gradient checkpointing that works with frozen embeddings: the non-reentrant kind."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):

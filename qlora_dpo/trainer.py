@@ -75,6 +75,7 @@ class QLoRADPOTrainer(Trainer):
     """
 
     _tag_names = ["qlora-dpo", "dpo"]
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -129,6 +130,11 @@ class QLoRADPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process must see one GPU, got {args.n_gpu}: their batches cannot be split. Start one process per GPU "
+                "with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
+            )
         self._signature_columns = ["prompt_ids", "completion_ids", "pairs", "row"]
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
         self.can_return_loss = True
@@ -180,20 +186,25 @@ class QLoRADPOTrainer(Trainer):
         self._proven = True
 
     def _chosen_layout(self, groups: list[Group], device: torch.device) -> str:
-        """The layout asked for, or for `auto` the tree if it proves equal to one row at a time."""
+        """The layout asked for, or for `auto` the tree if it proves equal to one row at a time.
+
+        One that is asked for by name and does not prove equal is used all the same, with a warning.
+        """
         asked = self.args.batch_layout
-        if asked != "auto":
+        if asked == "padded":
             return asked
-        self.layout_proof = prove_layout(self.model, groups, "tree", device)
-        if self.layout_proof.holds:
-            return "tree"
-        proof = self.layout_proof
+        layout = "tree" if asked == "auto" else asked
+        self.layout_proof = proof = prove_layout(self.model, groups, layout, device)
+        if proof.holds:
+            return layout
+        fallback = "padded" if asked == "auto" else asked
         warnings.warn(
-            f"batch_layout='auto' falls back to 'padded': in the 'tree' layout log-probabilities differ "
-            f"by {proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. {proof.reason}",
+            f"batch_layout='{asked}' {'falls back to' if asked == 'auto' else 'does not equal'} 'padded': in the '{layout}' layout log-probabilities "
+            f"differ by {proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. "
+            f"{proof.reason}",
             stacklevel=2,
         )
-        return "padded"
+        return fallback
 
     def _check_start(self, batch: dict[str, Any]) -> None:
         """At its own start the policy is the reference: every margin must be exactly 0.
@@ -324,8 +335,6 @@ class QLoRADPOTrainer(Trainer):
             eval_dataset = self._prepared_eval(eval_dataset, self.args)
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("`eval_dataset` must be given to evaluate, got None. Pass it here or to the trainer.")
-        if self.train_dataset is None and self.eval_dataset is None:
-            self.eval_dataset = eval_dataset
         self._prove()
         start = time.perf_counter()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -141,6 +141,12 @@ def test_tokenising_again_comes_from_the_cache(tokenizer, tmp_path):
     assert len(fingerprints) == 1
 
 
+def test_two_processes_tokenise_as_one_does(tokenizer, chat_rows):
+    one, _ = prepare_dataset(chat_rows, tokenizer, NO_LIMITS)
+    two, _ = prepare_dataset(chat_rows, tokenizer, NO_LIMITS, num_proc=2)
+    assert one.to_list() == two.to_list()
+
+
 def test_tokenised_rows_pass_through(tokenizer, chat_rows):
     kept, _ = prepare_dataset(chat_rows, tokenizer, NO_LIMITS)
     again, report = prepare_dataset(kept, tokenizer, NO_LIMITS)

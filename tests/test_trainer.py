@@ -114,6 +114,24 @@ def test_auto_falls_back_to_padded_with_both_numbers(tokenizer, make_args):
     assert np.isfinite(trainer.state.log_history[0]["loss"])
 
 
+def test_a_layout_asked_for_by_name_is_used_with_a_warning_if_it_does_not_hold(tokenizer, make_args):
+    from tiny_models import build
+
+    torch.manual_seed(0)
+    model = get_peft_model(build("bloom"), LoraConfig(r=4, target_modules="all-linear"))
+    trainer = trainer_of(tokenizer, make_args(max_steps=1, batch_layout="packed"), policy=model)
+    with pytest.warns(UserWarning, match="batch_layout='packed' does not equal 'padded'"):
+        trainer.train()
+    assert trainer.data_collator.layout == "packed"
+
+
+def test_several_gpus_in_one_process_are_refused(tokenizer, make_args, monkeypatch):
+    args = make_args()
+    monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="One process must see one GPU"):
+        trainer_of(tokenizer, args)
+
+
 def test_first_margins_are_exactly_zero_and_first_loss_is_log_2(tokenizer, make_args):
     trainer = trainer_of(tokenizer, make_args(max_steps=1))
     trainer.train()

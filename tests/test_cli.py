@@ -1,0 +1,181 @@
+"""The command line: options from flags and YAML, runs from end to end, and errors a person can act on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_dpo import QLoRADPOConfig
+from qlora_dpo.cli import COMMANDS, DataArguments, ModelArguments, main, parse
+
+from tiny_chat import CHAT_ROWS, ranked_row
+
+QUICK = ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--max_steps", "2"]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in CHAT_ROWS))
+    return str(path)
+
+
+def train_words(base_folder, rows_file, output_dir):
+    return [
+        "train", "--model_name_or_path", base_folder, "--dataset_name", rows_file, "--output_dir", str(output_dir),
+        "--dataset_train_split", "train[:8]", "--dataset_test_split", "train[8:]", "--learning_rate", "1e-3", *QUICK,
+    ]  # fmt: skip
+
+
+def test_train_then_evaluate_from_the_adapter_alone(base_folder, rows_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(train_words(base_folder, rows_file, run)) == 0
+    trained = json.loads((run / "metrics.json").read_text())
+    assert trained["before"]["eval_rewards/ties"] == 1
+    assert trained["after"]["eval_rewards/ties"] == 0
+    assert "preference accuracy" in capsys.readouterr().out
+    words = ["evaluate", "--adapter", str(run), "--dataset_name", rows_file, "--dataset_test_split", "train[8:]"]
+    assert main([*words, "--output_dir", str(tmp_path / "eval"), *QUICK]) == 0
+    found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    for key in ("eval_rewards/margins", "eval_rewards/accuracies", "eval_loss", "eval_logps/chosen"):
+        assert found[key] == pytest.approx(trained["after"][key], rel=1e-6), key
+    assert found["eval_preference_accuracy"] == found["eval_rewards/accuracies"]
+
+
+def test_evaluate_uses_the_beta_of_the_adapter_unless_told(base_folder, rows_file, tmp_path):
+    run = tmp_path / "run"
+    assert main([*train_words(base_folder, rows_file, run), "--beta", "0.5"]) == 0
+    words = ["evaluate", "--adapter", str(run), "--dataset_name", rows_file, *QUICK]
+    margins = []
+    for more in ([], ["--beta", "1.0"]):
+        assert main([*words, *more]) == 0
+        margins.append(json.loads((run / "evaluation" / "metrics.json").read_text())["eval_rewards/margins"])
+    assert margins[1] == pytest.approx(2 * margins[0], rel=1e-6)
+
+
+def test_ranked_groups_train(base_folder, tmp_path):
+    path = tmp_path / "ranked.jsonl"
+    path.write_text("".join(json.dumps(ranked_row(seed)) + "\n" for seed in range(6)))
+    words = [
+        "train",
+        "--model_name_or_path",
+        base_folder,
+        "--dataset_name",
+        str(path),
+        "--output_dir",
+        str(tmp_path / "r"),
+    ]
+    assert main([*words, "--pair_strategy", "best_vs_rest", "--dtype", "float32", "--bf16", "false", *QUICK]) == 0
+    assert (tmp_path / "r" / "adapter_model.safetensors").is_file()
+
+
+CLASSES = (DataArguments, ModelArguments, QLoRADPOConfig)
+REQUIRED = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
+
+
+def parsed(tmp_path, options, *flags):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(REQUIRED | options))
+    return parse(CLASSES, ["--config", str(path), *flags], "qlora-dpo train")
+
+
+def test_yaml_values_are_converted_as_the_command_line_does(tmp_path):
+    """YAML 1.1 reads 5e-6 as a string."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model_name_or_path: m\ndataset_name: d\noutput_dir: o\nlearning_rate: 5e-6\nmax_length: null\nbf16: no\n"
+    )
+    _, _, args = parse(CLASSES, ["--config", str(path)], "qlora-dpo train")
+    assert args.learning_rate == 5e-6
+    assert args.max_length is None
+    assert args.bf16 is False
+
+
+def test_lists_and_mappings_in_yaml(tmp_path):
+    _, model, args = parsed(
+        tmp_path,
+        {"lora_target_modules": ["q_proj", "v_proj"], "loss_type": ["hinge"], "lr_scheduler_kwargs": {"num_cycles": 2}},
+    )
+    assert model.lora_target_modules == ["q_proj", "v_proj"]
+    assert args.loss_type == ["hinge"]
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_flags_win_over_the_file(tmp_path):
+    _, model, args = parsed(tmp_path, {"beta": 0.2, "lora_r": 8, "label_smoothing": 0.1}, "--beta", "0.3")
+    assert (args.beta, model.lora_r, args.label_smoothing) == (0.3, 8, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lerning_rate": 1e-5}, "got `lerning_rate`. Did you mean `learning_rate`"),
+        ({"xyzzy": 1}, "got `xyzzy`. Remove it"),
+        ({"loss_type": "dpo"}, "`loss_type` must be one of"),
+    ],
+)
+def test_unknown_options_in_yaml_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(tmp_path, options)
+
+
+def test_unknown_flags_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be known, got --lerning_rate 1"):
+        parsed(tmp_path, {}, "--lerning_rate", "1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--dataset_name": "./no.jsonl"}, "Check the path"),
+        ({"--model_name_or_path": "./nowhere"}, "Check the path"),
+        ({"--config": "./no.yaml"}, "Check the path"),
+        ({"--dtype": "int8"}, "`dtype` must be one of"),
+        ({"--max_length": "3"}, "all 8 were dropped"),
+        ({"--precompute_ref_log_probs": "true"}, "`precompute_ref_log_probs` must be False"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_status_2(base_folder, rows_file, tmp_path, capsys, change, message):
+    words = train_words(base_folder, rows_file, tmp_path / "run")
+    for flag, value in change.items():
+        if flag in words:
+            words[words.index(flag) + 1] = value
+        else:
+            words += [flag, value]
+    assert main(words) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("qlora-dpo train: ")
+    assert message in last
+
+
+def test_evaluating_a_folder_without_a_record_is_refused(tmp_path, rows_file, capsys):
+    assert main(["evaluate", "--adapter", str(tmp_path), "--dataset_name", rows_file]) == 2
+    assert "qlora_dpo.json" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_refused(capsys):
+    assert main(["trian"]) == 2
+    assert "got trian" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--output_dir" in capsys.readouterr().out
+
+
+def test_the_package_runs_as_a_module():
+    shown = subprocess.run([sys.executable, "-m", "qlora_dpo", "--help"], capture_output=True, text=True, check=True)
+    assert "qlora-dpo COMMAND" in shown.stdout
+    assert Path(sys.executable).exists()
