@@ -132,8 +132,8 @@ class QLoRADPOTrainer(Trainer):
         )
         if args.n_gpu > 1:
             raise ValueError(
-                f"One process must see one GPU, got {args.n_gpu}: their batches cannot be split. Start one process per GPU "
-                "with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
+                f"One process must see one GPU, got {args.n_gpu}: their batches cannot be split. Start one process "
+                "per GPU with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
             )
         self._signature_columns = ["prompt_ids", "completion_ids", "pairs", "row"]
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
@@ -197,14 +197,13 @@ class QLoRADPOTrainer(Trainer):
         self.layout_proof = proof = prove_layout(self.model, groups, layout, device)
         if proof.holds:
             return layout
-        fallback = "padded" if asked == "auto" else asked
+        outcome = "falls back to" if asked == "auto" else "does not equal"
         warnings.warn(
-            f"batch_layout='{asked}' {'falls back to' if asked == 'auto' else 'does not equal'} 'padded': in the '{layout}' layout log-probabilities "
-            f"differ by {proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. "
-            f"{proof.reason}",
+            f"batch_layout='{asked}' {outcome} 'padded': in the '{layout}' layout log-probabilities differ by "
+            f"{proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. {proof.reason}",
             stacklevel=2,
         )
-        return fallback
+        return "padded" if asked == "auto" else asked
 
     def _check_start(self, batch: dict[str, Any]) -> None:
         """At its own start the policy is the reference: every margin must be exactly 0.

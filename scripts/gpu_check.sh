@@ -19,7 +19,6 @@ record = {
     "versions": {name: md.version(name) for name in names},
     "accuracy": {when: demo[when]["eval_rewards/accuracies"] for when in ("before", "control", "after")},
     "seconds": demo["seconds"],
-    "peak_bytes": torch.cuda.max_memory_allocated(),
 }
 (folder / "gpu_check.json").write_text(json.dumps(record, indent=2) + "\n")
 print(json.dumps(record, indent=2))

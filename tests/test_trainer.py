@@ -143,7 +143,9 @@ def test_first_margins_are_exactly_zero_and_first_loss_is_log_2(tokenizer, make_
 
 def test_first_margins_are_exactly_zero_on_a_four_bit_base(base_folder, make_args, chat_rows):
     trainer = QLoRADPOTrainer(
-        model=load_policy(base_folder), args=make_args(max_steps=2, bf16=True), train_dataset=chat_rows
+        model=load_policy(base_folder),
+        args=make_args(max_steps=2, bf16=True, learning_rate=1e-2),
+        train_dataset=chat_rows,
     )
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == 0
