@@ -200,7 +200,8 @@ class QLoRADPOTrainer(Trainer):
         outcome = "falls back to" if asked == "auto" else "does not equal"
         warnings.warn(
             f"batch_layout='{asked}' {outcome} 'padded': in the '{layout}' layout log-probabilities differ by "
-            f"{proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. {proof.reason}",
+            f"{proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. "
+            f"{proof.reason}",
             stacklevel=2,
         )
         return "padded" if asked == "auto" else asked
