@@ -10,8 +10,7 @@ Shapes as in `layouts`: B completions, N scored tokens, R rows of L positions.
 import contextlib
 import functools
 import types
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_dpo.attention import BACKEND, attention_backend, recompute_with_same_attention
-from qlora_dpo.layouts import Group, make_batch
-from qlora_dpo.logps import STATISTICS, LogitRule, sum_by_completion, token_scores, widen
+from qlora_dpo.logps import STATISTICS, LogitRule, sum_by_completion, token_scores
 
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids")
 
@@ -119,103 +117,6 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in list(module.__dict__.items()):
             if isinstance(value, float) and "dropout" in name:
                 setattr(module, name, 0.0)
-
-
-def check_logit_rule(model: nn.Module, token_ids: Sequence[int], device: torch.device) -> None:
-    """Compare the chunked head with the model's own logits on one short sequence.
-
-    Args:
-        model: A model prepared by `install_scoring`.
-        token_ids: At least two tokens; the first sixteen are used.
-        device: The model's device.
-
-    Raises:
-        NotImplementedError: If the model does more to its logits than a scale and a soft-cap named in its config.
-    """
-    ids = torch.tensor([list(token_ids[:16])], device=device)
-    score = {"predictors": torch.arange(ids.shape[1] - 1, device=device), "targets": ids[0, 1:]}
-    with torch.no_grad(), noise_off(model):
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        ours = model(input_ids=ids, score={**score, "chunk_size": None, "statistics": False})["token_logps"]
-    theirs = torch.log_softmax(widen(logits), -1).gather(-1, ids[0, 1:, None])[:, 0]
-    rounding = torch.finfo(logits.dtype).eps * max(1.0, logits.abs().max().item())
-    difference = (ours - theirs).abs().max().item()
-    if not difference <= 8 * rounding + 1e-4:
-        raise NotImplementedError(
-            f"The logits of {type(model).__name__} must be its head's output times a scale, soft-capped, as its config "
-            f"says, got log-probabilities that differ by {difference:.3g} nats. Report the model's config.model_type."
-        )
-
-
-@dataclass(frozen=True)
-class LayoutProof:
-    """How far a layout's log-probabilities are from those of one row at a time.
-
-    Attributes:
-        layout: The layout that was tried.
-        difference: Largest difference of a completion's log-probability, in nats; infinite if the layout cannot run.
-        tolerance: 4 times what `padded` differs from itself by.
-        reason: Why the layout cannot run, if it cannot.
-    """
-
-    layout: str
-    difference: float
-    tolerance: float
-    reason: str = ""
-
-    @property
-    def holds(self) -> bool:
-        """Whether the layout may be used."""
-        return self.difference <= self.tolerance
-
-
-def _row_by_row(model: nn.Module, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, Tensor]:
-    """`(B,)` logps with every completion scored alone, and `(B,)` root of the sum of its squared token logps."""
-    alone, spread = [], []
-    for group in groups:
-        for ids in group.completion_ids:
-            batch = to_device(make_batch([replace(group, completion_ids=[ids], pairs=[])], "padded"), device)
-            scored = score_batch(model, batch)
-            alone.append(scored["logps"][0])
-            spread.append(scored["token_logps"].square().sum().sqrt())
-    return torch.stack(alone), torch.stack(spread)
-
-
-def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device: torch.device) -> LayoutProof:
-    """Score groups in a layout and row by row, without gradient, and compare.
-
-    The yardstick is what `padded` itself differs by in this dtype: the same two rows alone, together, and together in
-    the other order. Where that is nothing at all (short rows on some CPUs), a few roundings of each token's
-    log-probability, added up like a random walk, stand in for it. Over 27 tiny families in units of one such rounding,
-    layouts that hold were within 5 in fp32 and 1 in bf16 (but for the expert choices of gpt-oss), those that do not
-    were at 580,000 and 9 or more.
-
-    Args:
-        model: A model prepared by `install_scoring`.
-        groups: Groups to score: the longest at hand and a short one.
-        layout: `tree` or `packed`.
-        device: The model's device.
-
-    Returns:
-        The proof, with both numbers.
-    """
-    with torch.no_grad(), noise_off(model):
-        alone, spread = _row_by_row(model, groups, device)
-        first = groups[0]
-        two = replace(first, completion_ids=first.completion_ids[:2], pairs=[])
-        swapped = replace(two, completion_ids=two.completion_ids[::-1])
-        together = score_batch(model, to_device(make_batch([two], "padded"), device))["logps"]
-        reordered = score_batch(model, to_device(make_batch([swapped], "padded"), device))["logps"].flip(0)
-        noise = max((together - reordered).abs().max().item(), (together - alone[:2]).abs().max().item())
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        roundings = 1 if dtype in (torch.bfloat16, torch.float16) else 4
-        tolerance = 4 * max(noise, roundings * torch.finfo(dtype).eps * spread.max().item())
-        try:
-            tried = score_batch(model, to_device(make_batch(groups, layout), device))["logps"]
-        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-            return LayoutProof(layout, float("inf"), tolerance, f"{type(error).__name__}: {error}")
-        difference = (tried - alone).abs().max().item()
-    return LayoutProof(layout, difference if difference == difference else float("inf"), tolerance)
 
 
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class LogitRule:
 
         Cohere names the factor `logit_scale`, Falcon-H1 `lm_head_multiplier`, others `output_multiplier`; Granite
         divides by `logits_scaling`, HyperCLOVA X multiplies by it; Gemma 2 soft-caps by `final_logit_softcapping`.
-        `forward.check_logit_rule` compares the result with the model's own logits before it is trusted.
+        `proof.check_logit_rule` compares the result with the model's own logits before it is trusted.
         """
         names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
         factors = [value for name in names if (value := getattr(config, name, None)) is not None]

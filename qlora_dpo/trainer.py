@@ -2,7 +2,6 @@
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,26 +22,19 @@ from transformers.trainer_utils import EvalLoopOutput
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import DataReport, prepare_dataset, show
 from qlora_dpo.evaluation import PairRecords
-from qlora_dpo.forward import (
-    LayoutProof,
-    check_logit_rule,
-    disable_dropout,
-    install_scoring,
-    noise_off,
-    prove_layout,
-    score_batch,
-    to_device,
-)
-from qlora_dpo.layouts import Group, GroupCollator, group_of, make_batch
+from qlora_dpo.forward import disable_dropout, install_scoring, noise_off, score_batch
+from qlora_dpo.layouts import Group, GroupCollator, group_of
 from qlora_dpo.losses import LOSSES, Scores
 from qlora_dpo.metrics import RunningSums, pair_table, preference_metrics, summarize
 from qlora_dpo.model import attach_adapter, is_fresh, is_quantized, keep_one_arithmetic, load_base, with_pad_token
 from qlora_dpo.model import load_tokenizer as load_tokenizer_of
+from qlora_dpo.proof import LayoutProof, check_logit_rule, check_start, choose_layout, extreme_groups
 from qlora_dpo.record import write_record
 from qlora_dpo.reference import BaseReference, make_reference
 
 PROOF_SAMPLE = 2048
-"""Groups among which the longest is looked for, to prove the layout on."""
+PROOF_STREAM_SAMPLE = 16
+"""Groups among which the longest is looked for, of a data set and of a stream, to prove the layout on."""
 
 
 class QLoRADPOTrainer(Trainer):
@@ -159,72 +151,27 @@ class QLoRADPOTrainer(Trainer):
 
     # ---- what is checked before the first number is used ---------------------------------------------------------
 
-    def _proof_groups(self) -> list[Group]:
-        """The longest group of the data at hand, and the shortest."""
+    def _prove(self) -> None:
+        """Check the model's logits, choose the layout, and check that the policy starts at its reference."""
+        if self._proven:
+            return
+        groups, device = extreme_groups(self._some_groups()), self.args.device
+        with self.accelerator.autocast():
+            check_logit_rule(self.model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
+            layout, self.layout_proof = choose_layout(self.model, groups, self.args.batch_layout, device)
+            if self.starts_at_reference:
+                check_start(self.model, self.reference, groups, layout, device)
+        self.data_collator.layout = layout
+        self._proven = True
+
+    def _some_groups(self) -> list[Group]:
+        """The first groups of the data at hand."""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         if isinstance(dataset, Mapping):
             dataset = next(iter(dataset.values()))
         if isinstance(dataset, IterableDataset):
-            rows = list(dataset.take(16))
-        else:
-            rows = list(dataset.select(range(min(len(dataset), PROOF_SAMPLE))))
-        groups = sorted((group_of(row) for row in rows), key=_longest_sequence)
-        return [groups[-1], groups[0]] if len(groups) > 1 else groups
-
-    def _prove(self) -> None:
-        """Choose the layout, and check the logits and the reference, on the longest and the shortest group."""
-        if self._proven:
-            return
-        groups = self._proof_groups()
-        device = self.args.device
-        with self.accelerator.autocast():
-            ids = [*groups[0].prompt_ids, *groups[0].completion_ids[0]]
-            check_logit_rule(self.model, ids, device)
-            self.data_collator.layout = self._chosen_layout(groups, device)
-            if self.starts_at_reference:
-                self._check_start(make_batch(groups, self.data_collator.layout, self.processing_class.pad_token_id))
-        self._proven = True
-
-    def _chosen_layout(self, groups: list[Group], device: torch.device) -> str:
-        """The layout asked for, or for `auto` the tree if it proves equal to one row at a time.
-
-        One that is asked for by name and does not prove equal is used all the same, with a warning.
-        """
-        asked = self.args.batch_layout
-        if asked == "padded":
-            return asked
-        layout = "tree" if asked == "auto" else asked
-        self.layout_proof = proof = prove_layout(self.model, groups, layout, device)
-        if proof.holds:
-            return layout
-        outcome = "falls back to" if asked == "auto" else "does not equal"
-        warnings.warn(
-            f"batch_layout='{asked}' {outcome} 'padded': in the '{layout}' layout log-probabilities differ by "
-            f"{proof.difference:.3g} nats from one row at a time, and {proof.tolerance:.3g} are allowed. "
-            f"{proof.reason}",
-            stacklevel=2,
-        )
-        return "padded" if asked == "auto" else asked
-
-    def _check_start(self, batch: dict[str, Any]) -> None:
-        """At its own start the policy is the reference: every margin must be exactly 0.
-
-        Raises:
-            RuntimeError: If one is not.
-        """
-        batch = to_device(batch, self.args.device)
-        ref_logps = self.reference(self.model, batch)
-        with torch.no_grad(), noise_off(self.model):
-            pi_logps = score_batch(self.model, batch, chunk_size=self.args.logps_chunk_size)["logps"]
-        logratios = pi_logps - ref_logps
-        margins = logratios[batch["yw_idxs"]] - logratios[batch["yl_idxs"]]
-        worst = margins.abs().max().item()
-        if worst != 0 or logratios.abs().max().item() != 0:
-            raise RuntimeError(
-                f"Step-0 margins must be exactly 0, got {worst:.3g} nats: the policy does not start at its reference, "
-                "the model with its adapters disabled. An initialisation that changes the base (PiSSA, OLoRA, CorDA, "
-                "LoftQ) does this: use init_lora_weights=True."
-            )
+            return [group_of(row) for row in dataset.take(PROOF_STREAM_SAMPLE)]
+        return [group_of(row) for row in dataset.select(range(min(len(dataset), PROOF_SAMPLE)))]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, after the checks on layout, logits and reference."""
@@ -384,10 +331,6 @@ class QLoRADPOTrainer(Trainer):
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
         write_record(folder, self.model, self.args, self.reference.kind)
-
-
-def _longest_sequence(group: Group) -> int:
-    return len(group.prompt_ids) + max(len(ids) for ids in group.completion_ids)
 
 
 def _unique_tokens(batch: dict[str, Any]) -> int:

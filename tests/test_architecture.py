@@ -14,6 +14,7 @@ LAYERS = [
     {"layouts", "attention", "data", "config"},
     {"model", "forward"},
     {"reference", "record"},
+    {"proof"},
     {"evaluation", "trainer"},
     {"demo"},
     {"cli"},

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from qlora_dpo.forward import install_scoring, prove_layout, score_batch
+from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
 from qlora_dpo.losses import dpo_loss
 from qlora_dpo.model import checkpoint_activations
+from qlora_dpo.proof import prove_layout
 from qlora_dpo.reference import adapters_disabled
 
 from reference_impl import completion_logps, groups_loss

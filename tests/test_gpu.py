@@ -6,8 +6,9 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from qlora_dpo import QLoRADPOTrainer, load_policy
-from qlora_dpo.forward import install_scoring, prove_layout, score_batch, to_device
+from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
+from qlora_dpo.proof import prove_layout
 
 from tiny_chat import CHAT_ROWS, ranked_row
 
