@@ -31,17 +31,16 @@ def install_scoring(model: PreTrainedModel) -> None:
     """
     if hasattr(model.forward, "scores"):
         return
-    original = model.forward
+    own = model.__dict__.get("forward")  # one that accelerate put on the instance, or none
     config = model.config
     rule = LogitRule.from_config(config.get_text_config())
 
     @functools.wraps(type(model).forward)  # `generate` validates its keywords against the model's own signature
     def forward(self: PreTrainedModel, *args: Any, score: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         if score is None:
-            return original(*args, **kwargs)
+            return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
         named = {key: value for key, value in kwargs.items() if value is not None}
-        own = config._attn_implementation
-        with attention_backend(config, BACKEND if "segments" in named else own):
+        with attention_backend(config, BACKEND if "segments" in named else config._attn_implementation):
             recompute_with_same_attention(self, config)
             hidden = self.base_model(*args, use_cache=False, **named).last_hidden_state
         rows = hidden.flatten(0, 1)[score["predictors"]]

@@ -118,7 +118,8 @@ class _FrozenHead(torch.autograd.Function):
         pieces: list[tuple[Tensor, ...]] = []
         for start in range(0, hidden.shape[0], chunk):
             tile = slice(start, start + chunk)
-            logits = rule.apply(widen(nn.functional.linear(hidden[tile], weight, bias)))
+            raw = nn.functional.linear(hidden[tile], weight, bias)
+            logits = rule.apply(widen(raw))
             logps, probabilities, normaliser = tile_scores(logits, targets[tile])
             stats = tile_statistics(logits, probabilities, normaliser, targets[tile]) if statistics else {}
             pieces.append((logps, *stats.values()))
@@ -126,7 +127,8 @@ class _FrozenHead(torch.autograd.Function):
                 slope = probabilities.neg_()
                 slope.scatter_add_(-1, targets[tile, None], torch.ones_like(logps)[:, None])
                 slope *= rule.derivative(logits)
-                unit_gradient[tile] = slope.to(weight.dtype) @ weight
+                lift = 1024.0 if raw.dtype is torch.float16 else 1.0  # fp16 has nothing below 6e-8
+                unit_gradient[tile] = (slope * lift).to(weight.dtype) @ weight / lift
         ctx.save_for_backward(*([] if unit_gradient is None else [unit_gradient]))
         outputs = tuple(torch.cat(column) for column in zip(*pieces, strict=True))
         ctx.mark_non_differentiable(*outputs[1:])

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -86,12 +87,14 @@ class QLoRADPOTrainer(Trainer):
     ) -> None:
         args = args or QLoRADPOConfig(output_dir="qlora-dpo-output")
         _check_arguments(ref_model, args, data_collator, train_dataset, eval_dataset)
-        torch.manual_seed(args.seed)  # the adapter's A matrices are random
+        set_seed(args.seed)  # the adapter's A matrices are random
         policy = _policy(model, args, quantization_config, peft_config)
         tokenizer = _tokenizer(model, policy, args, processing_class)
         keep_one_arithmetic(policy)
         if args.disable_dropout:
             disable_dropout(policy)
+        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            policy.enable_input_require_grads()  # the reentrant kind sees no gradient behind frozen embeddings
         install_scoring(policy.get_base_model())
         self.reference = make_reference(args.reference, policy, args.logps_chunk_size)
         self.starts_at_reference = isinstance(self.reference, BaseReference) and is_fresh(policy)
@@ -304,7 +307,17 @@ class QLoRADPOTrainer(Trainer):
         else:
             metrics |= self.compute_metrics(prediction)
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        return output._replace(metrics={**(output.metrics or {}), **named})
+        return output._replace(
+            predictions=prediction.predictions,
+            label_ids=prediction.label_ids,
+            metrics={**(output.metrics or {}), **named},
+        )
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """As `Trainer.predict`: `predictions` are `(T,)` chosen and `(T,)` rejected rewards, `label_ids` the rows."""
+        prepared = self._prepared(test_dataset, metric_key_prefix, self.args)
+        self._prove()
+        return super().predict(prepared, ignore_keys, metric_key_prefix)
 
     def prediction_step(
         self,
@@ -378,7 +391,8 @@ def _policy(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft_con
         kwargs = _keywords(args.model_init_kwargs) | {"trust_remote_code": args.trust_remote_code}
         base = load_base(model, quantization_config, **kwargs)
         weights = "4 bit" if is_quantized(base) else str(base.dtype)
-        print(f"loaded {model} in {weights}, with {peft_config or 'default LoRA'}", file=sys.stderr)
+        if args.process_index == 0:
+            print(f"loaded {model} in {weights}, with {peft_config or 'default LoRA'}", file=sys.stderr)
         return attach_adapter(base, peft_config)
     if quantization_config is not None:
         raise ValueError(

@@ -101,6 +101,16 @@ def test_sums_are_in_fp32(dtype):
     assert abs(total.item() - found.double().sum().item()) < 1e-3
 
 
+def test_fp16_keeps_the_gradient_of_unlikely_tokens():
+    """4,000 tokens of probability near 2.5e-4: fp16 alone would round each slope to three digits or fewer."""
+    hidden, head, targets = setting(n=8, v=4000)
+    expected = frozen_head_token_scores(hidden, head, targets, LogitRule())["token_logps"].sum()
+    (exact,) = torch.autograd.grad(expected, hidden)
+    half = hidden.detach().half().requires_grad_(True)
+    frozen_head_token_scores(half, head.half(), targets, LogitRule())["token_logps"].sum().backward()
+    assert (half.grad.double() - exact).norm() < 5e-3 * exact.norm()
+
+
 def test_sum_by_completion_keeps_fp64():
     values = torch.rand(6, dtype=torch.float64)
     found = sum_by_completion(values, [1, 3, 2])

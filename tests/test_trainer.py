@@ -85,6 +85,15 @@ def test_accumulation_changes_neither_loss_nor_gradient(tokenizer, base_referenc
         assert split_log[key] == pytest.approx(log[key], rel=1e-5, abs=1e-7), key
 
 
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_checkpointing_of_either_kind_gives_the_same_step(tokenizer, base_reference, kwargs):
+    kept, _ = first_step(tokenizer, base_reference, RANKED, gradient_checkpointing=False)
+    recomputed, _ = first_step(
+        tokenizer, base_reference, RANKED, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs
+    )
+    assert (recomputed - kept).norm() <= 1e-6 * kept.norm()
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_layouts_give_the_same_step(tokenizer, base_reference, layout):
     tree, log = first_step(tokenizer, base_reference, RANKED, per_device_train_batch_size=8, batch_layout="tree")
@@ -241,6 +250,15 @@ def test_compute_metrics_gets_every_pair_once(tokenizer, base_reference):
     assert np.allclose(calls[0].predictions[0], chosen, rtol=1e-4)
     assert np.allclose(calls[0].predictions[1], rejected, rtol=1e-4)
     assert set(calls[0].label_ids) == set(range(len(RANKED)))
+
+
+def test_predict_returns_the_rewards_of_every_pair(tokenizer, base_reference):
+    policy = policy_of(tokenizer, random_b=True)
+    found = trainer_of(tokenizer, base_reference(), policy=policy).predict(Dataset.from_list(RANKED))
+    chosen, rejected = naive_rewards(policy, tokenizer, RANKED)
+    assert np.allclose(found.predictions[0], chosen, rtol=1e-4)
+    assert np.allclose(found.predictions[1], rejected, rtol=1e-4)
+    assert found.metrics["test_rewards/margins"] == pytest.approx((chosen - rejected).mean(), rel=1e-4)
 
 
 def test_training_after_an_evaluation_is_the_same_training(base_folder, make_args, chat_rows):

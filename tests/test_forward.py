@@ -1,0 +1,58 @@
+"""Scoring leaves the model what it was."""
+
+import copy
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from qlora_dpo.forward import install_scoring, score_batch
+from qlora_dpo.layouts import Group, make_batch
+
+from tiny_chat import build_tiny_llama
+
+BATCH = make_batch([Group([9, 12, 14], [[10, 11, 8, 2], [13, 9, 2]], [(0, 1)])], "tree")
+IDS = torch.tensor([[9, 10, 11]])
+
+
+def test_without_score_the_forward_is_the_models_own(tokenizer):
+    model = build_tiny_llama(tokenizer)
+    with torch.no_grad():
+        before = model(IDS).logits
+        install_scoring(model)
+        install_scoring(model)
+        assert torch.equal(model(IDS).logits, before)
+        score_batch(model, BATCH)
+        assert torch.equal(model(IDS).logits, before)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_generation_is_the_same_after_scoring(tokenizer):
+    model = build_tiny_llama(tokenizer).eval()
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    before = model.generate(IDS, **options)
+    install_scoring(model)
+    with torch.no_grad():
+        score_batch(model, BATCH)
+    assert torch.equal(model.generate(IDS, **options), before)
+
+
+def test_the_attention_is_put_back_after_an_error(tokenizer):
+    model = build_tiny_llama(tokenizer)
+    install_scoring(model)
+    try:
+        score_batch(model, BATCH | {"segments": "nonsense"})
+    except AttributeError:
+        pass
+    else:
+        raise AssertionError("nonsense was taken for segments")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_copy_of_the_model_runs_on_its_own_weights(tokenizer):
+    policy = get_peft_model(build_tiny_llama(tokenizer), LoraConfig(target_modules="all-linear"))
+    install_scoring(policy.get_base_model())
+    twin = copy.deepcopy(policy)
+    with torch.no_grad():
+        twin.get_base_model().model.norm.weight.mul_(2)
+        assert not torch.equal(twin(IDS).logits, policy(IDS).logits)
+        assert not torch.equal(score_batch(twin, BATCH)["logps"], score_batch(policy, BATCH)["logps"])
