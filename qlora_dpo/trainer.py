@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,6 +96,7 @@ class QLoRADPOTrainer(Trainer):
             disable_dropout(policy)
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             policy.enable_input_require_grads()  # the reentrant kind sees no gradient behind frozen embeddings
+        _warn_of_router(policy, args)
         install_scoring(policy.get_base_model())
         self.reference = make_reference(args.reference, policy, args.logps_chunk_size)
         self.starts_at_reference = isinstance(self.reference, BaseReference) and is_fresh(policy)
@@ -378,6 +380,18 @@ def _check_arguments(ref_model: Any, args: Any, data_collator: Any, train_datase
             raise TypeError(
                 f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list."
             )
+
+
+def _warn_of_router(policy: PeftModel, args: QLoRADPOConfig) -> None:
+    """Say that a mixture of experts trains without the auxiliary loss that its config asks for."""
+    config = policy.get_base_model().config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    if hasattr(config, "output_router_logits") and coefficient and args.router_aux_loss_coef is None:
+        warnings.warn(
+            f"The router's auxiliary loss (coefficient {coefficient} in the model's config) is not added to the loss yet. "
+            "Set router_aux_loss_coef=0.0 to agree.",
+            stacklevel=3,
+        )
 
 
 def _keywords(value: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,20 @@ def test_a_layout_asked_for_by_name_is_used_with_a_warning_if_it_does_not_hold(t
     with pytest.warns(UserWarning, match="batch_layout='packed' does not equal 'padded'"):
         trainer.train()
     assert trainer.data_collator.layout == "packed"
+
+
+def test_a_mixture_of_experts_says_that_its_auxiliary_loss_is_left_out(tokenizer, make_args):
+    from tiny_models import build
+
+    def make(**options):
+        model = get_peft_model(build("mixtral"), LoraConfig(r=4, target_modules=["q_proj"]))
+        return trainer_of(tokenizer, make_args(**options), policy=model)
+
+    with pytest.warns(UserWarning, match="auxiliary loss"):
+        make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(router_aux_loss_coef=0.0)
 
 
 def test_several_gpus_in_one_process_are_refused(tokenizer, make_args, monkeypatch):
