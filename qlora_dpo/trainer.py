@@ -388,8 +388,8 @@ def _warn_of_router(policy: PeftModel, args: QLoRADPOConfig) -> None:
     coefficient = getattr(config, "router_aux_loss_coef", 0.0)
     if hasattr(config, "output_router_logits") and coefficient and args.router_aux_loss_coef is None:
         warnings.warn(
-            f"The router's auxiliary loss (coefficient {coefficient} in the model's config) is not added to the loss yet. "
-            "Set router_aux_loss_coef=0.0 to agree.",
+            f"The router's auxiliary loss (coefficient {coefficient} in the model's config) is not added to the loss "
+            "yet. Set router_aux_loss_coef=0.0 to agree.",
             stacklevel=3,
         )
 
