@@ -3,6 +3,7 @@
 Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config file.yaml` sets defaults and flags win.
 """
 
+import argparse
 import difflib
 import json
 import sys
@@ -13,14 +14,16 @@ from typing import Any
 
 import torch
 import yaml
+from datasets.exceptions import DatasetsError
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import load_rows
 from qlora_dpo.demo import DemoArguments, run_demo
-from qlora_dpo.model import default_quantization, load_policy, load_tokenizer
+from qlora_dpo.model import adapter_folder, default_quantization, load_policy, load_tokenizer
 from qlora_dpo.record import read_record
 from qlora_dpo.trainer import QLoRADPOTrainer
 
@@ -81,16 +84,25 @@ class EvaluationArguments:
     dataset_test_split: str = field(default="train", metadata={"help": "Split to evaluate on."})
 
 
-def _as_arguments(options: dict[str, Any]) -> list[str]:
-    """Options of a YAML file as command-line words, so that both are converted by the same rules."""
-    words = []
+def _as_words(parser: HfArgumentParser, options: dict[str, Any]) -> list[str]:
+    """Options of a YAML file as command-line words, so that both are converted by the same rules.
+
+    What a command line cannot say (null, an empty list, a list or a truth value for an option that takes text) becomes
+    the option's default as it is.
+    """
+    words: list[str] = []
     for name, value in options.items():
-        if isinstance(value, list):
+        action = parser._option_string_actions[f"--{name}"]
+        takes_truth = action.type is string_to_bool
+        if isinstance(value, list) and value and action.nargs == "+":
             words += [f"--{name}", *(str(item) for item in value)]
         elif isinstance(value, dict):
-            words += [f"--{name}", json.dumps(value)]
-        elif value is not None:
-            words += [f"--{name}", str(value)]
+            words.append(f"--{name}={json.dumps(value)}")
+        elif value is None or isinstance(value, list) or (isinstance(value, bool) and not takes_truth):
+            parser.set_defaults(**{name: value})
+            action.required = False
+        else:
+            words.append(f"--{name}={value}")
     return words
 
 
@@ -103,7 +115,10 @@ def _yaml_options(path: str, known: set[str]) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"`--config` must be a YAML file, got {path}. Check the path.")
-    options = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        options = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}.") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}.")
     for name in options:
@@ -126,25 +141,26 @@ def parse(classes: Sequence[type], words: Sequence[str], program: str, defaults:
     Raises:
         ValueError: For options that nothing reads.
     """
-    words = list(words)
-    parser = HfArgumentParser(classes, prog=program)
+    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    chosen, rest = first.parse_known_args(list(words))
+    parser = HfArgumentParser(classes, prog=program, epilog="--config FILE.yaml sets defaults that flags override.")
     parser.set_defaults(**(defaults or {}))
-    config = None
-    if "--config" in words:
-        at = words.index("--config")
-        config, words = words[at + 1], words[:at] + words[at + 2 :]
-    if config is not None:
+    if chosen.config is not None:
         known = {f.name for cls in classes for f in fields(cls) if f.init}
-        options = _yaml_options(config, known)
-        words = _as_arguments(options) + words
-        parser.set_defaults(**{name: None for name, value in options.items() if value is None})
-    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False, return_remaining_strings=True)
+        rest = _as_words(parser, _yaml_options(chosen.config, known)) + rest
+    parsed = parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False, return_remaining_strings=True)
     if parsed[-1]:
         raise ValueError(f"Options of {program} must be known, got {' '.join(parsed[-1])}. See {program} --help.")
     return parsed[:-1]
 
 
 def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
+    if adapter_folder(model.model_name_or_path):
+        raise NotImplementedError(
+            f"--model_name_or_path must be a base model for now, got the adapter {model.model_name_or_path}. Merge it "
+            "into its base first, or name the base to train a new adapter."
+        )
     lora = LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
@@ -155,18 +171,23 @@ def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
     quantization = default_quantization()
     quantization.bnb_4bit_quant_type = model.bnb_4bit_quant_type
     quantization.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
-    options: dict[str, Any] = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    options: dict[str, Any] = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
+    }
     if model.dtype is not None:
         if model.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {model.dtype}.")
         options["dtype"] = quantization.bnb_4bit_compute_dtype = getattr(torch, model.dtype)
+    options |= args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    args.model_init_kwargs = None  # they are used here
     return load_policy(
         model.model_name_or_path,
         peft_config=lora,
         quantize=model.load_in_4bit,
         quantization_config=quantization if model.load_in_4bit else None,
         gradient_checkpointing=bool(args.gradient_checkpointing),
-        trust_remote_code=args.trust_remote_code,
         **{name: value for name, value in options.items() if value is not None},
     )
 
@@ -192,9 +213,11 @@ def train(words: Sequence[str]) -> None:
     load = {"path_or_id": data.dataset_name, "name": data.dataset_config}
     train_rows = load_rows(split=data.dataset_train_split, **load)
     test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None
-    tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    policy = _policy(model, args)
+    revision = {} if model.model_revision is None else {"revision": model.model_revision}
+    tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code, **revision)
     trainer = QLoRADPOTrainer(
-        model=_policy(model, args),
+        model=policy,
         args=args,
         train_dataset=train_rows,
         eval_dataset=test_rows,
@@ -215,13 +238,16 @@ def train(words: Sequence[str]) -> None:
 
 def evaluate(words: Sequence[str]) -> None:
     """Evaluate a saved adapter: `qlora-dpo evaluate --adapter DIR --dataset_name ...`."""
-    if "--adapter" not in words:
-        parse((EvaluationArguments, QLoRADPOConfig), words, "qlora-dpo evaluate")
-    adapter = list(words)[list(words).index("--adapter") + 1]
+    classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
+    adapter = parse(classes, words, program)[0].adapter  # whose record sets the defaults of the rest
     record = read_record(adapter)
-    kept = ("reference", "beta", "loss_type", "label_smoothing", "max_length", "max_prompt_length")
-    defaults = {name: getattr(record, name) for name in kept} | {"output_dir": str(Path(adapter, "evaluation"))}
-    chosen, args = parse((EvaluationArguments, QLoRADPOConfig), words, "qlora-dpo evaluate", defaults)
+    kept = ("reference", "beta", "loss_type", "label_smoothing", "max_length", "max_prompt_length", "pair_strategy")
+    defaults = {name: getattr(record, name) for name in kept} | {
+        "output_dir": str(Path(adapter, "evaluation")),
+        "bf16": record.mixed_precision == "bf16",
+        "fp16": record.mixed_precision == "fp16",
+    }
+    chosen, args = parse(classes, words, program, defaults)
     quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
     policy = load_policy(
         record.base,
@@ -229,6 +255,7 @@ def evaluate(words: Sequence[str]) -> None:
         quantize=quantization is not None,
         quantization_config=quantization,
         gradient_checkpointing=False,
+        dtype=getattr(torch, record.dtype),
         revision=record.base_revision or "main",
         trust_remote_code=args.trust_remote_code,
     )
@@ -267,7 +294,7 @@ def main(words: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_warning()
     try:
         COMMANDS[words[0]](words[1:])
-    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
-        print(f"qlora-dpo {words[0]}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError) as error:
+        print(f"qlora-dpo {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -30,8 +30,15 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "sync_ref_model": (False,),
     "activation_offloading": (False,),
     "router_aux_loss_coef": (None, 0.0),
+    "f_alpha_divergence_coef": (0.5,),
+    "discopop_tau": (0.05,),
+    "ref_model_mixup_alpha": (0.6,),
+    "ref_model_sync_steps": (512,),
+    "pad_token": (None,),
+    "train_sampling_strategy": ("random", "sequential"),
+    "label_smoothing_factor": (0.0,),
 }
-"""Fields of TRL's config that are not honoured yet, with the values that ask for nothing."""
+"""Fields that are not honoured, with the values that ask for nothing: TRL's, and some of TrainingArguments."""
 
 
 def _help(text: str, **more: Any) -> dict[str, Any]:
@@ -140,6 +147,12 @@ class QLoRADPOConfig(TrainingArguments):
         default=None, metadata=_help("Not built yet: a mixture-of-experts model trains without its auxiliary loss.")
     )
 
+    f_alpha_divergence_coef: float = field(default=0.5, metadata=_help("Not built yet."))
+    discopop_tau: float = field(default=0.05, metadata=_help("Not built yet."))
+    ref_model_mixup_alpha: float = field(default=0.6, metadata=_help("Not built yet (TR-DPO)."))
+    ref_model_sync_steps: int = field(default=512, metadata=_help("Not built yet (TR-DPO)."))
+    pad_token: str | None = field(default=None, metadata=_help("Set `tokenizer.pad_token` instead."))
+
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
@@ -154,6 +167,8 @@ class QLoRADPOConfig(TrainingArguments):
     def _set_device_and_precision(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.use_cpu and self.fp16:
+            raise ValueError("`fp16` must be False on a CPU, got True. Use bf16, or neither for fp32.")
         if self.bf16 is None:
             self.fp16 = bool(self.fp16) or best_precision() == "fp16"
             self.bf16 = not self.fp16
@@ -161,7 +176,7 @@ class QLoRADPOConfig(TrainingArguments):
     def _check(self) -> None:
         """Refuse what cannot be right, with the way out."""
         for name, neutral in _NOT_BUILT.items():
-            if getattr(self, name) not in neutral:
+            if getattr(self, name, neutral[0]) not in neutral:
                 raise NotImplementedError(f"`{name}` must be {neutral[0]!r} for now, got {getattr(self, name)!r}.")
         if len(self.loss_type) != 1:
             raise NotImplementedError(f"`loss_type` must be one loss for now, got {self.loss_type}.")

@@ -3,7 +3,7 @@
 Nothing downstream knows of chat templates, special tokens or truncation.
 """
 
-import json
+import glob
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.preferences import FORMS, USED_COLUMNS, Preference, parse_row
+from qlora_dpo.preferences import FORMS, USED_COLUMNS, Preference, decoded, parse_row, without_nulls
 
 DATA_VERSION = 1
 """Part of the cache key of tokenised data: raise it when the same row gives other tokens."""
 
 GROUP_COLUMNS = ["prompt_ids", "completion_ids", "pairs", "row"]
+_FEATURES = Features(
+    {
+        "prompt_ids": List(Value("int64")),
+        "completion_ids": List(List(Value("int64"))),
+        "pairs": List(List(Value("int64"))),
+        "row": Value("int64"),
+        "truncated": Value("bool"),
+        "boundary_moved": Value("bool"),
+        "dropped": Value("string"),
+    }
+)
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 KEPT = ""
@@ -54,15 +66,17 @@ def load_rows(path_or_id: str, split: str = "train", name: str | None = None) ->
         FileNotFoundError: If it looks like a local path and is not there.
         ValueError: If a file's type is not known.
     """
-    path = Path(path_or_id)
+    path = Path(path_or_id).expanduser()
     if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"A data file must have rows, got none in {path}. Check how it was written.")
         if path.suffix not in _FILE_TYPES:
             raise ValueError(f"A data file must end in one of {sorted(_FILE_TYPES)}, got {path}. Convert it.")
-        return load_dataset(_FILE_TYPES[path.suffix], data_files=str(path), split=split)
+        return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split=split)
     looks_local = path.suffix in _FILE_TYPES or path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1
     if looks_local and not path.is_dir():
         raise FileNotFoundError(f"The data set must be a file, a folder or a Hub id, got {path}. Check the path.")
-    return load_dataset(str(path_or_id), name, split=split)
+    return load_dataset(str(path) if path.is_dir() else path_or_id, name, split=split)
 
 
 def _common_prefix(ids: Sequence[int], others: Sequence[Sequence[int]]) -> int:
@@ -73,14 +87,10 @@ def _common_prefix(ids: Sequence[int], others: Sequence[Sequence[int]]) -> int:
     return length
 
 
-def _decoded(value: Any) -> Any:
-    """A column that a file stores as a JSON string (tools, keyword arguments), decoded."""
-    return json.loads(value) if isinstance(value, str) else value
-
-
 def _render(tokenizer: PreTrainedTokenizerBase, preference: Preference, row: Mapping[str, Any]) -> list[list[int]]:
     """Token ids of the prompt with the generation prompt, and of prompt + each completion, as the template has them."""
-    options = {"tools": _decoded(row.get("tools")), **(_decoded(row.get("chat_template_kwargs")) or {})}
+    options = {name: without_nulls(decoded(row.get(name))) for name in ("tools", "chat_template_kwargs")}
+    options = {"tools": options["tools"], **(options["chat_template_kwargs"] or {})}
     if tokenizer.chat_template is None and options.get("chat_template") is None:
         raise ValueError(
             "The tokenizer must have a chat template to render messages, got none. Set `tokenizer.chat_template`, use "
@@ -93,14 +103,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, preference: Preference, row: Map
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def _once(ids: list[int], token_id: int | None, at_start: bool) -> list[int]:
-    """`ids` with a run of one special token at an end shortened to one."""
-    first, second = (0, 1) if at_start else (-1, -2)
-    while token_id is not None and len(ids) > 1 and ids[first] == token_id == ids[second]:
-        ids = ids[1:] if at_start else ids[:-1]
-    return ids
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference) -> list[list[int]]:
     """Token ids of the prompt and of prompt + each completion: one BOS if the tokenizer adds one, one EOS last."""
     eos = tokenizer.eos_token or ""
@@ -108,11 +110,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference) -> list[
     wholes = [
         f"{prompt}{text}" if str(text).endswith(eos) else f"{prompt}{text}{eos}" for text in preference.completions
     ]
-    prompt_ids, *whole_ids = tokenizer([str(prompt), *wholes])["input_ids"]
-    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not str(prompt).endswith(eos or "\0"):
-        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS; a prompt goes on
-    ids = [_once(one, tokenizer.bos_token_id, at_start=True) for one in [prompt_ids, *whole_ids]]
-    return [ids[0], *(_once(one, tokenizer.eos_token_id, at_start=False) for one in ids[1:])]
+    added = tokenizer("")["input_ids"]
+    found = tokenizer([str(prompt), *wholes])["input_ids"]
+    if tokenizer.eos_token_id in added:  # the texts hold the EOS they need, and a prompt goes on
+        found = [ids[:-1] for ids in found]
+    bos = tokenizer.bos_token_id
+    if bos is not None and bos in added:
+        found = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in found]
+    return found
 
 
 def _distinct(
@@ -156,7 +161,7 @@ def tokenize_row(
     try:
         preference = parse_row(row, pair_strategy)
         encode = _render(tokenizer, preference, row) if preference.conversational else _encode(tokenizer, preference)
-    except ValueError as error:
+    except (ValueError, TypeError, TemplateError) as error:
         raise ValueError(f"Row {index} of the data set: {error}") from error
     prompt_ids, *wholes = encode
     implied = preference.prompt is None
@@ -317,10 +322,13 @@ def prepare_dataset(
     """
     columns = list(dataset.column_names or [])
     if set(GROUP_COLUMNS) <= set(columns):
-        return dataset, None
+        return _numbered(dataset), None
+    dataset = dataset.with_format(None)
     options = {"tokenizer": tokenizer, "limits": limits, "pair_strategy": pair_strategy, "data_version": DATA_VERSION}
     if isinstance(dataset, IterableDataset):
-        stream = dataset.map(tokenize_row, with_indices=True, fn_kwargs=options, remove_columns=columns)
+        stream = dataset.map(
+            tokenize_row, with_indices=True, fn_kwargs=options, remove_columns=columns, features=_FEATURES
+        )
         return stream.filter(lambda row: not row["dropped"]), None
     if len(dataset) == 0:
         raise ValueError(f"The {name} data set must have rows, got none. Check its path and split.")
@@ -331,6 +339,7 @@ def prepare_dataset(
         with_indices=True,
         fn_kwargs=options,
         remove_columns=columns,
+        features=_FEATURES,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
@@ -340,6 +349,13 @@ def prepare_dataset(
         raise ValueError(f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}).")
     kept = mapped.select(keep).select_columns(GROUP_COLUMNS)
     return kept, _report(name, mapped, kept, columns, tokenizer, batch_size)
+
+
+def _numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Tokenised rows with a number each of their own, which sets that were put together may lack."""
+    if isinstance(dataset, IterableDataset) or len(set(dataset["row"])) == len(dataset):
+        return dataset
+    return dataset.remove_columns("row").add_column("row", list(range(len(dataset))))
 
 
 def _recognised(columns: Sequence[str]) -> bool:

@@ -1,5 +1,6 @@
 """Exact evaluation: the numbers of every pair, kept until the data set is through."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,19 +11,23 @@ from qlora_dpo.metrics import COLUMNS, summarize
 
 
 class PairRecords:
-    """Rows of the pair table by (data-set row, pair number).
+    """Rows of the pair table by data-set row, pair number, and how often this process has seen that pair.
 
-    A pair that two processes scored, because the last batch was filled up, counts once.
+    A pair that two processes scored, because the last batch was filled up, counts once. Rows of a stream may share a
+    number (each worker of a loader counts its own), so within a process every pair counts.
     """
 
     def __init__(self) -> None:
         self._tables: list[Tensor] = []
-        self._keys: list[tuple[int, int]] = []
+        self._keys: list[tuple[int, int, int]] = []
+        self._seen: Counter[tuple[int, int]] = Counter()
 
     def add(self, table: Tensor, rows: list[int], pair_ids: list[int]) -> None:
         """Keep a `(T, len(COLUMNS))` table of pairs with their data-set rows and numbers."""
         self._tables.append(table)
-        self._keys.extend(zip(rows, pair_ids, strict=True))
+        for pair in zip(rows, pair_ids, strict=True):
+            self._keys.append((*pair, self._seen[pair]))
+            self._seen[pair] += 1
 
     def gathered(self) -> "GatheredPairs":
         """The records of all processes, each pair once, in data-set order."""
@@ -38,9 +43,13 @@ class PairRecords:
 class GatheredPairs:
     """Every pair of a data set once."""
 
-    def __init__(self, values: dict[tuple[int, int], Any]) -> None:
+    def __init__(self, values: dict[tuple[int, int, int], Any]) -> None:
         self._keys = list(values)
         self._table = np.stack(list(values.values())) if values else np.empty((0, len(COLUMNS)))
+
+    def __len__(self) -> int:
+        """Groups with a pair."""
+        return len({(row, seen) for row, _, seen in self._keys})
 
     def column(self, name: str) -> np.ndarray:
         """`(T,)` values of a column of the pair table, fp64."""
@@ -48,7 +57,7 @@ class GatheredPairs:
 
     def rows(self) -> np.ndarray:
         """`(T,)` data-set row of each pair."""
-        return np.array([row for row, _ in self._keys])
+        return np.array([row for row, *_ in self._keys])
 
     def metrics(self) -> dict[str, float]:
         """Log keys over all pairs."""

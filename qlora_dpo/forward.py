@@ -32,13 +32,13 @@ def install_scoring(model: PreTrainedModel) -> None:
     if hasattr(model.forward, "scores"):
         return
     own = model.__dict__.get("forward")  # one that accelerate put on the instance, or none
-    config = model.config
-    rule = LogitRule.from_config(config.get_text_config())
+    rule = LogitRule.from_config(model.config.get_text_config())
 
     @functools.wraps(type(model).forward)  # `generate` validates its keywords against the model's own signature
     def forward(self: PreTrainedModel, *args: Any, score: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         if score is None:
             return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+        config = self.config
         named = {key: value for key, value in kwargs.items() if value is not None}
         with attention_backend(config, BACKEND if "segments" in named else config._attn_implementation):
             recompute_with_same_attention(self, config)
@@ -81,7 +81,7 @@ def score_batch(
 
 @contextlib.contextmanager
 def noise_off(model: nn.Module) -> Iterator[None]:
-    """No dropout, embedding noise (NEFTune) or router jitter inside the block, with the layers still in train mode.
+    """No dropout, layer drop, embedding noise (NEFTune) or router jitter inside the block; layers stay in train mode.
 
     Layers that switch their arithmetic on `training` (4-bit layers on a CPU, checkpointing) keep it, so that a
     reference pass in here and a policy pass outside compute the same base model bit for bit. Dropout that is a function
@@ -90,10 +90,11 @@ def noise_off(model: nn.Module) -> Iterator[None]:
     quiet: list[nn.Module] = []
     probabilities: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
-        if module.training and isinstance(module, (nn.modules.dropout._DropoutNd, nn.Embedding)):
+        noisy = isinstance(module, nn.modules.dropout._DropoutNd) or hasattr(module, "neftune_noise_alpha")
+        if module.training and noisy:
             quiet.append(module)
         for name, value in list(module.__dict__.items()):
-            if isinstance(value, float) and value > 0 and ("dropout" in name or "jitter" in name):
+            if isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name):
                 probabilities.append((module, name, value))
     try:
         for module in quiet:
@@ -114,7 +115,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in list(module.__dict__.items()):
-            if isinstance(value, float) and "dropout" in name:
+            if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
 
 

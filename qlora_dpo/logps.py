@@ -205,7 +205,8 @@ def token_scores(
     statistics: bool = False,
 ) -> dict[str, Tensor]:
     """`token_logps` and `STATISTICS` `(N,)` by the fast path where the head is plain and frozen, else by the other."""
-    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+    offloaded = hasattr(head, "_hf_hook")  # a hook of accelerate brings the weights when the module is called
+    if type(head) is nn.Linear and not offloaded and not any(p.requires_grad for p in head.parameters()):
         return frozen_head_token_scores(hidden, head, targets, rule, chunk_size, statistics)
     vocabulary = getattr(head, "out_features", 2**17)
     return any_head_token_scores(hidden, head, targets, rule, chunk_size, statistics, vocabulary)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -96,20 +97,36 @@ def load_base(model_id: str, quantization_config: Any = None, quantize: bool = T
         quantization_config = default_quantization()
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
+    if "torch_dtype" in kwargs:  # the older name
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
     kwargs.setdefault("dtype", compute_dtype())
     kwargs.setdefault("device_map", device_map())
     model = AutoModelForCausalLM.from_pretrained(check_path(model_id, "model"), **kwargs)
     model.config.use_cache = False
     keep_one_arithmetic(model)
+    head = model.get_output_embeddings()
+    if hasattr(head, "compute_dtype") and head.weight is model.get_input_embeddings().weight:
+        raise ValueError(
+            "A 4-bit head must not be tied to the embeddings, which stay in 16 bit, got one that is. Leave the head "
+            "out of the quantisation (llm_int8_skip_modules)."
+        )
     return model
 
 
-def attach_adapter(model: PreTrainedModel, peft_config: PeftConfig | None = None) -> PeftModel:
+def attach_adapter(
+    model: PreTrainedModel, peft_config: PeftConfig | None = None, revision: str | None = None
+) -> PeftModel:
     """A new adapter on a base; its weights in fp32 whatever the base's dtype.
 
-    bf16 adapters keep only a tenth of their updates at a learning rate of 5e-6.
+    bf16 adapters keep only a tenth of their updates at a learning rate of 5e-6. `revision` is that of the base, which
+    the adapter's config keeps.
+
+    Raises:
+        ValueError: If the model has an adapter already.
     """
-    policy = get_peft_model(model, peft_config or default_lora())
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("The model must have no adapter yet, got one that transformers loaded. Load the base alone.")
+    policy = get_peft_model(model, peft_config or default_lora(), revision=revision)
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -152,7 +169,7 @@ def load_policy(
         raise ValueError("`peft_config` must be None when a trained adapter is loaded, got both. Drop one of them.")
     base = load_base(model_id, quantization_config, quantize, **model_kwargs)
     if adapter is None:
-        policy = attach_adapter(base, peft_config)
+        policy = attach_adapter(base, peft_config, model_kwargs.get("revision"))
     else:
         policy = PeftModel.from_pretrained(base, check_path(adapter, "adapter"), is_trainable=True)
     if gradient_checkpointing:
@@ -196,6 +213,8 @@ def is_fresh(policy: PeftModel) -> bool:
             for a, b in _factors(module, policy.active_adapters):
                 if bool(a.any()) and bool(b.any()):
                     return False
+        elif isinstance(module, BaseTunerLayer):
+            return False  # of another kind, which only a comparison could judge
     return True
 
 

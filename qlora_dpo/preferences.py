@@ -4,6 +4,7 @@ No tokens here. Prompts and completions are plain text or lists of messages; a p
 rejected have in common.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -90,11 +91,23 @@ def pairs_from_scores(scores: Sequence[float], strategy: str = "all") -> list[tu
     return PAIR_STRATEGIES[strategy](_levels(scores))
 
 
+def without_nulls(value: Any) -> Any:
+    """The value without None in its mappings: Arrow gives every row the keys of all others, as nulls."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def decoded(value: Any) -> Any:
+    """What a file may hold as JSON text (lists in a .csv, tools), decoded; empty text is None."""
+    return json.loads(value) if isinstance(value, str) and value.strip() else value or None
+
+
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with `role` and `content`; ShareGPT's `from` and `value` are recognised."""
-    if "from" in message and "value" in message:
-        return {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    if message.get("from") is not None:
+        return {"role": _ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+    return {"content": None, **without_nulls(message)}
 
 
 def _text(value: Any, name: str) -> Text:
@@ -131,7 +144,7 @@ def _pairs_of(row: Mapping[str, Any], count: int, strategy: str) -> list[tuple[i
     values = row[name]
     if len(values) != count:
         raise ValueError(f"`{name}` must hold one number per completion ({count}), got {len(values)}. Correct the row.")
-    if any(value is None or value != value for value in values):
+    if not all(isinstance(value, (int, float)) and value == value for value in values):
         raise ValueError(f"`{name}` must be numbers, got {list(values)}. Remove the completions without one.")
     return pairs_from_scores(values if name == "scores" else [-rank for rank in values], strategy)
 
@@ -142,6 +155,32 @@ def _split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, lis
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
+
+
+def _prompted(row: Mapping[str, Any], chosen: Text, rejected: Text) -> Text | None:
+    """The prompt of a row with two sides, or None if it is implied.
+
+    Some sets give the prompt as text or messages beside sides that are whole conversations and begin with it.
+    """
+    if "prompt" not in row:
+        return None
+    prompt = _text(row["prompt"], "prompt")
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return prompt
+    shared, _ = _split_messages(chosen, rejected)
+    repeated = shared[: len(prompt)] == prompt if not isinstance(prompt, str) else bool(shared)
+    return None if shared and repeated else prompt
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    """A column that holds a list, perhaps as JSON text."""
+    try:
+        found = decoded(value)
+    except json.JSONDecodeError:
+        found = value
+    if isinstance(found, str) or not isinstance(found, Sequence):
+        raise ValueError(f"`{name}` must be a list, got {type(found).__name__}. Convert the column.")
+    return list(found)
 
 
 def _require(condition: bool, row: Mapping[str, Any]) -> None:
@@ -175,6 +214,8 @@ def parse_row(row: Mapping[str, Any], pair_strategy: str = "all") -> Preference:
     [(0, 1)]
     """
     row = {key: value for key, value in row.items() if value is not None}
+    for name in row.keys() & {"completions", "pairs", "scores", "ranks"}:
+        row[name] = _list(row[name], name)
     if "prompt" not in row and "conversations" in row:
         row["prompt"] = row["conversations"]
     if "completions" in row:
@@ -187,10 +228,8 @@ def parse_row(row: Mapping[str, Any], pair_strategy: str = "all") -> Preference:
     else:
         _require("chosen" in row and "rejected" in row, row)
         chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
-        prompt, completions, pairs = None, [chosen, rejected], [(0, 1)]
-        if "prompt" in row:
-            prompt = _text(row["prompt"], "prompt")
-        elif not isinstance(chosen, str) and not isinstance(rejected, str):
+        prompt, completions, pairs = _prompted(row, chosen, rejected), [chosen, rejected], [(0, 1)]
+        if prompt is None and not isinstance(chosen, str) and not isinstance(rejected, str):
             prompt, completions = _split_messages(chosen, rejected)
     _kinds(prompt, completions)
     return Preference(prompt, completions, pairs)

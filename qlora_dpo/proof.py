@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from qlora_dpo.forward import noise_off, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
@@ -20,6 +21,20 @@ def extreme_groups(groups: Iterable[Group]) -> list[Group]:
     """The group with the longest sequence, and the one whose longest is shortest (one group if there is one)."""
     ordered = sorted(groups, key=lambda group: len(group.prompt_ids) + max(len(ids) for ids in group.completion_ids))
     return [ordered[-1], ordered[0]] if len(ordered) > 1 else ordered
+
+
+def check_vocabulary(embeddings: int, groups: Sequence[Group]) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    largest = max(max(ids) for group in groups for ids in (group.prompt_ids, *group.completion_ids))
+    if largest >= embeddings:
+        raise ValueError(
+            f"Token ids must be below {embeddings}, the size of the model's vocabulary, got {largest}. Use the model's "
+            "own tokenizer, or resize its embeddings."
+        )
 
 
 def check_logit_rule(model: nn.Module, token_ids: Sequence[int], device: torch.device) -> None:
@@ -117,6 +132,33 @@ def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device:
             return LayoutProof(layout, float("inf"), tolerance, f"{type(error).__name__}: {error}")
         difference = (tried - alone).abs().max().item()
     return LayoutProof(layout, difference if difference == difference else float("inf"), tolerance)
+
+
+def beyond_window(groups: Sequence[Group], window: int | None, max_length: int | None) -> list[Group]:
+    """The groups, and one whose sequences reach beyond the window if those do not and other rows may.
+
+    Some models keep a sliding window or attention chunks in their mask alone, where no backend can see them: only rows
+    that are long enough tell.
+
+    Args:
+        groups: Groups at hand.
+        window: Positions of the model's sliding window or attention chunk; None for neither.
+        max_length: Most tokens of any sequence; None for no limit.
+    """
+    if window is None or (max_length is not None and max_length <= window):
+        return list(groups)
+    first = groups[0]
+    ids = [*first.prompt_ids, *first.completion_ids[0]]
+    if len(ids) > window:
+        return list(groups)
+    long_prompt = (ids * (window // len(ids) + 2))[: window + 2]
+    return [*groups, replace(first, prompt_ids=long_prompt, completion_ids=list(first.completion_ids[:2]))]
+
+
+def attention_span(config: PreTrainedConfig) -> int | None:
+    """Positions of the sliding window or attention chunk that a model's text config names; None for neither."""
+    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((span for span in spans if isinstance(span, int) and span > 0), default=None)
 
 
 def choose_layout(

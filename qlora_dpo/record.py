@@ -1,7 +1,7 @@
 """`qlora_dpo.json`: what lies beside a saved adapter, and all that is needed to read its rewards again."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +20,55 @@ class AdapterRecord:
         base: Hub id or folder of the base model.
         base_revision: Its revision, if one was named.
         quantization: The base's quantisation as a dict, or None.
-        compute_dtype: What 4-bit weights are multiplied in, or the dtype of the weights.
+        dtype: Dtype of the weights that are not quantised; 4-bit compute is in `quantization`.
+        mixed_precision: `bf16`, `fp16` or `no`.
         reference: What rewards are relative to: `base` or `none`.
         beta: Factor of the rewards.
         loss_type: The objective.
         label_smoothing: Its label smoothing.
         max_length: Most tokens of prompt + completion in training, or None.
         max_prompt_length: Most tokens of a prompt, or None.
+        pair_strategy: How scores or ranks became pairs.
     """
 
     base: str
     base_revision: str | None
     quantization: dict[str, Any] | None
-    compute_dtype: str
+    dtype: str
+    mixed_precision: str
     reference: str
     beta: float
     loss_type: str
     label_smoothing: float
     max_length: int | None
     max_prompt_length: int | None
+    pair_strategy: str
 
 
 def write_record(folder: str, policy: PeftModel, args: QLoRADPOConfig, reference: str) -> None:
-    """Write the record of a policy into an adapter's folder."""
+    """Write the record of a policy beside its adapter: PEFT saves one that is not named `default` in a sub-folder."""
     base = policy.get_base_model()
     quantization = getattr(base.config, "quantization_config", None)
     described = quantization.to_dict() if quantization is not None else None
-    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    adapter = policy.peft_config[policy.active_adapter]
     record = AdapterRecord(
-        base=policy.peft_config[policy.active_adapter].base_model_name_or_path or base.config._name_or_path,
-        base_revision=kwargs.get("revision"),
+        base=adapter.base_model_name_or_path or base.config._name_or_path,
+        base_revision=adapter.revision,
         quantization=described,
-        compute_dtype=str((described or {}).get("bnb_4bit_compute_dtype", base.dtype)).removeprefix("torch."),
+        dtype=str(base.dtype).removeprefix("torch."),
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         reference=reference,
         beta=args.beta,
         loss_type=args.loss_type[0],
         label_smoothing=args.label_smoothing,
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
+        pair_strategy=args.pair_strategy,
     )
     text = json.dumps(asdict(record), indent=2, default=str)
-    Path(folder, RECORD_NAME).write_text(text + "\n")
+    for name in {"", *(name for name in policy.active_adapters if name != "default")}:
+        Path(folder, name).mkdir(parents=True, exist_ok=True)
+        Path(folder, name, RECORD_NAME).write_text(text + "\n")
 
 
 def read_record(folder: str) -> AdapterRecord:
@@ -72,4 +80,5 @@ def read_record(folder: str) -> AdapterRecord:
     path = Path(folder, RECORD_NAME)
     if not path.is_file():
         raise FileNotFoundError(f"The adapter must lie beside its {RECORD_NAME}, got none in {folder}. Train it again.")
-    return AdapterRecord(**json.loads(path.read_text()))
+    known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
+    return AdapterRecord(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qlora_dpo.forward import noise_off, score_batch
-from qlora_dpo.model import is_fresh
+from qlora_dpo.model import is_fresh, is_quantized
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of LoRA that subtract the adapter's start from the base's weights."""
@@ -82,6 +82,7 @@ def make_reference(kind: str, policy: PeftModel, chunk_size: int | None = None) 
         NotImplementedError: If the policy's start is not its base model and `auto` is asked for.
         ValueError: If training the adapter would change the base model itself.
     """
+    require_token_adapters(policy)
     if kind == "none":
         return NoReference()
     require_intact_base(policy)
@@ -93,18 +94,40 @@ def make_reference(kind: str, policy: PeftModel, chunk_size: int | None = None) 
     return BaseReference(policy, chunk_size)
 
 
+def require_token_adapters(policy: PeftModel) -> None:
+    """Refuse adapters that do more than change what a layer does to each token by itself.
+
+    Raises:
+        NotImplementedError: For prompt learning, activated LoRA, AdaLoRA, and DoRA on a quantised base.
+    """
+    for name in policy.active_adapters:
+        config = policy.peft_config[name]
+        kind = config.peft_type.value
+        refused = None
+        if config.is_prompt_learning:
+            refused = f"{kind}, which adds tokens to the row"
+        elif getattr(config, "alora_invocation_tokens", None):
+            refused = "activated LoRA, which looks for tokens in the row"
+        elif kind == "ADALORA":
+            refused = "AdaLoRA, whose ranks nothing here updates"
+        elif getattr(config, "use_dora", False) and is_quantized(policy.get_base_model()):
+            refused = "DoRA on a quantised base, which does not start at the base"
+        if refused is not None:
+            raise NotImplementedError(
+                f"The adapter must be made of layers that act on each token, got {refused}. Use LoRA."
+            )
+
+
 def require_intact_base(policy: PeftModel) -> None:
     """Refuse adapters that train parts of the base, which would make the reference drift.
 
     Raises:
-        ValueError: For trained biases or whole modules, and for adapters that are not layers.
+        ValueError: For trained biases, whole modules and base weights, and initialisations that change the base.
     """
     for name in policy.active_adapters:
         config = policy.peft_config[name]
-        if config.is_prompt_learning:
-            raise ValueError(f"The adapter must be made of layers, got {config.peft_type}. Use LoRA.")
         start = getattr(config, "init_lora_weights", True)
-        if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
             raise ValueError(
                 f"`init_lora_weights` must leave the base as it is, got {start!r}: the model with its adapters "
                 "disabled would not be the policy's start. Use init_lora_weights=True or 'gaussian'."

@@ -19,18 +19,36 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import DataReport, prepare_dataset, show
 from qlora_dpo.evaluation import PairRecords
-from qlora_dpo.forward import disable_dropout, install_scoring, noise_off, score_batch
+from qlora_dpo.forward import disable_dropout, install_scoring, score_batch
 from qlora_dpo.layouts import Group, GroupCollator, group_of
 from qlora_dpo.losses import LOSSES, Scores
 from qlora_dpo.metrics import RunningSums, pair_table, preference_metrics, summarize
-from qlora_dpo.model import attach_adapter, is_fresh, is_quantized, keep_one_arithmetic, load_base, with_pad_token
+from qlora_dpo.model import (
+    adapter_folder,
+    attach_adapter,
+    is_fresh,
+    is_quantized,
+    keep_one_arithmetic,
+    load_base,
+    load_policy,
+    with_pad_token,
+)
 from qlora_dpo.model import load_tokenizer as load_tokenizer_of
-from qlora_dpo.proof import LayoutProof, check_logit_rule, check_start, choose_layout, extreme_groups
+from qlora_dpo.proof import (
+    LayoutProof,
+    attention_span,
+    beyond_window,
+    check_logit_rule,
+    check_start,
+    check_vocabulary,
+    choose_layout,
+    extreme_groups,
+)
 from qlora_dpo.record import write_record
 from qlora_dpo.reference import BaseReference, make_reference
 
@@ -100,9 +118,9 @@ class QLoRADPOTrainer(Trainer):
         install_scoring(policy.get_base_model())
         self.reference = make_reference(args.reference, policy, args.logps_chunk_size)
         self.starts_at_reference = isinstance(self.reference, BaseReference) and is_fresh(policy)
+        self._start_checked = False
         self.loss = LOSSES[args.loss_type[0]]
-        if isinstance(train_dataset, IterableDataset):  # dispatching would cut a batch's tensors by their first size
-            args.accelerator_config.dispatch_batches = False
+        args.accelerator_config.dispatch_batches = False  # it would cut a stream's tensors by their first size
         self.data_reports: dict[str, DataReport] = {}
         self.layout_proof: LayoutProof | None = None
         self._proven = False
@@ -141,6 +159,10 @@ class QLoRADPOTrainer(Trainer):
 
     def _prepared(self, dataset: Any, name: str, args: QLoRADPOConfig) -> Any:
         """The data set tokenised, its report shown."""
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise TypeError(
+                f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list."
+            )
         with args.main_process_first(desc="tokenising"):
             prepared, report = prepare_dataset(dataset, name=name, **self._options)
         if report is not None:
@@ -157,34 +179,59 @@ class QLoRADPOTrainer(Trainer):
     # ---- what is checked before the first number is used ---------------------------------------------------------
 
     def _prove(self) -> None:
-        """Check the model's logits, choose the layout, and check that the policy starts at its reference."""
+        """Check the model's logits and vocabulary, and choose the layout, once."""
         if self._proven:
             return
         groups, device = extreme_groups(self._some_groups()), self.args.device
+        base = self.model.get_base_model()
+        check_vocabulary(base.get_input_embeddings().weight.shape[0], groups)
         with self.accelerator.autocast():
             check_logit_rule(self.model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
-            layout, self.layout_proof = choose_layout(self.model, groups, self.args.batch_layout, device)
-            if self.starts_at_reference:
-                check_start(self.model, self.reference, groups, layout, device)
+            probe = beyond_window(groups, attention_span(base.config.get_text_config()), self.args.max_length)
+            layout, self.layout_proof = choose_layout(self.model, probe, self.args.batch_layout, device)
         self.data_collator.layout = layout
         self._proven = True
 
+    def _check_start(self) -> None:
+        """Check, once, that a policy that was fresh when it came starts training at its reference."""
+        if self.starts_at_reference and not self._start_checked:
+            groups, layout = extreme_groups(self._some_groups()), self.data_collator.layout
+            with self.accelerator.autocast():
+                check_start(self.model, self.reference, groups, layout, self.args.device)
+        self._start_checked = True
+
     def _some_groups(self) -> list[Group]:
-        """The first groups of the data at hand."""
+        """The first groups of the data at hand.
+
+        Raises:
+            ValueError: If a stream has none.
+        """
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         if isinstance(dataset, Mapping):
             dataset = next(iter(dataset.values()))
         if isinstance(dataset, IterableDataset):
-            return [group_of(row) for row in dataset.take(PROOF_STREAM_SAMPLE)]
-        return [group_of(row) for row in dataset.select(range(min(len(dataset), PROOF_SAMPLE)))]
+            rows = list(dataset.take(PROOF_STREAM_SAMPLE))
+        else:
+            rows = list(dataset.select(range(min(len(dataset), PROOF_SAMPLE))))
+        if not rows:
+            raise ValueError("The stream must keep at least one row, got none. Check its rows and `max_length`.")
+        return [group_of(row) for row in rows]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, after the checks on layout, logits and reference."""
+        """As `Trainer.train`, after the checks on logits, layout and start."""
         if self.train_dataset is None:
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
         self._prove()
+        self._check_start()
+        self._unprepare()
         self._last_log = time.perf_counter()
         return super().train(*args, **kwargs)
+
+    def _unprepare(self) -> None:
+        """Let training wrap the model anew: an evaluation before it leaves it marked as prepared, without DDP."""
+        if self.args.world_size > 1 and self.model_wrapped is self.model:
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+            self.accelerator._models.clear()
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -288,16 +335,13 @@ class QLoRADPOTrainer(Trainer):
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("`eval_dataset` must be given to evaluate, got None. Pass it here or to the trainer.")
         self._prove()
-        start = time.perf_counter()
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._last_log += time.perf_counter() - start  # not training time
-        return metrics
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with metrics from the rows of the pair table instead of means of batch means."""
+        start = time.perf_counter()
         self._records = PairRecords()
-        with noise_off(self.model):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         records = self._records.gathered()
         self._records = None
         metrics = records.metrics() | {"num_tokens": self._tokens_seen()}
@@ -308,11 +352,14 @@ class QLoRADPOTrainer(Trainer):
             metrics |= preference_metrics(*prediction.predictions)
         else:
             metrics |= self.compute_metrics(prediction)
-        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        first = f"{metric_key_prefix}_"
+        named = {key if key.startswith(first) else first + key: value for key, value in metrics.items()}
+        self._last_log += time.perf_counter() - start  # not training time
         return output._replace(
             predictions=prediction.predictions,
             label_ids=prediction.label_ids,
-            metrics={**(output.metrics or {}), **named},
+            metrics={**(output.metrics or {}), **denumpify_detensorize(named)},
+            num_samples=len(records),
         )
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
@@ -374,12 +421,6 @@ def _check_arguments(ref_model: Any, args: Any, data_collator: Any, train_datase
         raise TypeError(f"`data_collator` must be a GroupCollator, got {type(data_collator).__name__}. Leave it out.")
     if train_dataset is None and eval_dataset is None:
         raise ValueError("`train_dataset` or `eval_dataset` must be given, got neither. Pass one.")
-    datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])]
-    for dataset in datasets:
-        if dataset is not None and not isinstance(dataset, (Dataset, IterableDataset)):
-            raise TypeError(
-                f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list."
-            )
 
 
 def _warn_of_router(policy: PeftModel, args: QLoRADPOConfig) -> None:
@@ -402,12 +443,18 @@ def _keywords(value: dict[str, Any] | str | None) -> dict[str, Any]:
 def _policy(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft_config: Any) -> PeftModel:
     """The model with an adapter to train: loaded, wrapped, or as it is."""
     if isinstance(model, str):
-        kwargs = _keywords(args.model_init_kwargs) | {"trust_remote_code": args.trust_remote_code}
+        kwargs = {"trust_remote_code": args.trust_remote_code} | _keywords(args.model_init_kwargs)
+        if adapter_folder(model):
+            return load_policy(model, peft_config=peft_config, quantization_config=quantization_config, **kwargs)
         base = load_base(model, quantization_config, **kwargs)
         weights = "4 bit" if is_quantized(base) else str(base.dtype)
         if args.process_index == 0:
             print(f"loaded {model} in {weights}, with {peft_config or 'default LoRA'}", file=sys.stderr)
-        return attach_adapter(base, peft_config)
+        return attach_adapter(base, peft_config, kwargs.get("revision"))
+    if args.model_init_kwargs:
+        raise ValueError(
+            "`model_init_kwargs` must be None for a model that is loaded, got some. Load the model with them."
+        )
     if quantization_config is not None:
         raise ValueError(
             "`quantization_config` must be None for a model that is loaded, got one. Pass the model's name."
@@ -429,7 +476,11 @@ def _tokenizer(model: Any, policy: PeftModel, args: QLoRADPOConfig, tokenizer: A
     """The tokenizer given, or the model's own."""
     if tokenizer is None:
         source = model if isinstance(model, str) else policy.get_base_model().config._name_or_path
-        return load_tokenizer_of(source, trust_remote_code=args.trust_remote_code)
+        if not source:
+            raise ValueError("`processing_class` must be given for a model without a name, got None. Pass it.")
+        revision = _keywords(args.model_init_kwargs).get("revision")
+        options = {} if revision is None else {"revision": revision}
+        return load_tokenizer_of(source, trust_remote_code=args.trust_remote_code, **options)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"`processing_class` must be a tokenizer, got {type(tokenizer).__name__}. Pass the tokenizer.")
     return with_pad_token(tokenizer)

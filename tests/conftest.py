@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. The network is off, and one thread is fastest for models this small."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,6 +39,14 @@ def base_folder(tmp_path_factory, tokenizer):
 def chat_rows():
     """Twelve rows of messages, each prompt another."""
     return Dataset.from_list(CHAT_ROWS)
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """The same rows as a .jsonl file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in CHAT_ROWS))
+    return str(path)
 
 
 @pytest.fixture

@@ -11,16 +11,9 @@ import yaml
 from qlora_dpo import QLoRADPOConfig
 from qlora_dpo.cli import COMMANDS, DataArguments, ModelArguments, main, parse
 
-from tiny_chat import CHAT_ROWS, ranked_row
+from tiny_chat import ranked_row
 
 QUICK = ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--max_steps", "2"]
-
-
-@pytest.fixture
-def rows_file(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in CHAT_ROWS))
-    return str(path)
 
 
 def train_words(base_folder, rows_file, output_dir):

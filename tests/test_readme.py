@@ -1,6 +1,5 @@
 """What README and examples say is true: every block is run or parsed."""
 
-import json
 import re
 import runpy
 import shlex
@@ -13,8 +12,6 @@ import yaml
 from qlora_dpo import QLoRADPOConfig
 from qlora_dpo.cli import DataArguments, EvaluationArguments, ModelArguments, main, parse
 
-from tiny_chat import CHAT_ROWS
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TRAIN = (DataArguments, ModelArguments, QLoRADPOConfig)
@@ -23,13 +20,6 @@ QUICK = {"max_steps": 1, "report_to": "none", "save_strategy": "no", "eval_strat
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-@pytest.fixture
-def rows_file(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in CHAT_ROWS))
-    return str(path)
 
 
 def test_python_of_the_readme_runs(base_folder, rows_file, tmp_path, monkeypatch):

@@ -111,13 +111,19 @@ def test_initialisations_that_change_the_base_are_refused(tokenizer, start):
     [
         (LoraConfig(target_modules=["q_proj"], bias="all"), "`bias` must be 'none'"),
         (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "`modules_to_save` must be None"),
-        (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "must be made of layers"),
     ],
-    ids=["bias", "modules_to_save", "prompt tuning"],
+    ids=["bias", "modules_to_save"],
 )
 def test_adapters_that_train_the_base_are_refused(tokenizer, lora, message):
     with pytest.raises(ValueError, match=message):
         make_reference("auto", policy_of(tokenizer, lora))
+
+
+def test_adapters_that_are_not_layers_on_tokens_are_refused(tokenizer):
+    lora = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    for kind in ("auto", "none"):
+        with pytest.raises(NotImplementedError, match="act on each token"):
+            make_reference(kind, policy_of(tokenizer, lora))
 
 
 def test_base_weights_that_are_trainable_are_refused(tokenizer):
