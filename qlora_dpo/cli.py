@@ -28,6 +28,7 @@ from qlora_dpo.record import read_record
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
+_EPILOG = "--config FILE.yaml sets defaults that flags override."
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -106,6 +107,12 @@ def _as_words(parser: HfArgumentParser, options: dict[str, Any]) -> list[str]:
     return words
 
 
+def _hint(name: str, known: set[str]) -> str:
+    """What to do about an option that nothing reads."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean `{close[0]}`?" if close else "Remove it."
+
+
 def _yaml_options(path: str, known: set[str]) -> dict[str, Any]:
     """Options of a YAML file.
 
@@ -123,9 +130,7 @@ def _yaml_options(path: str, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}.")
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean `{close[0]}`?" if close else "Remove it."
-            raise ValueError(f"Options in {path} must be known, got `{name}`. {hint}")
+            raise ValueError(f"Options in {path} must be known, got `{name}`. {_hint(str(name), known)}")
     return options
 
 
@@ -144,14 +149,15 @@ def parse(classes: Sequence[type], words: Sequence[str], program: str, defaults:
     first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     chosen, rest = first.parse_known_args(list(words))
-    parser = HfArgumentParser(classes, prog=program, epilog="--config FILE.yaml sets defaults that flags override.")
+    parser = HfArgumentParser(classes, prog=program, epilog=_EPILOG, allow_abbrev=False)
     parser.set_defaults(**(defaults or {}))
     if chosen.config is not None:
         known = {f.name for cls in classes for f in fields(cls) if f.init}
         rest = _as_words(parser, _yaml_options(chosen.config, known)) + rest
     parsed = parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False, return_remaining_strings=True)
     if parsed[-1]:
-        raise ValueError(f"Options of {program} must be known, got {' '.join(parsed[-1])}. See {program} --help.")
+        hint = _hint(parsed[-1][0].removeprefix("--").split("=")[0], {f.name for cls in classes for f in fields(cls)})
+        raise ValueError(f"Options of {program} must be known, got {' '.join(parsed[-1])}. {hint}")
     return parsed[:-1]
 
 
@@ -226,7 +232,8 @@ def train(words: Sequence[str]) -> None:
     metrics: dict[str, Any] = {}
     if test_rows is not None:
         metrics["before"] = trainer.evaluate()
-    metrics["train"] = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    resume = args.resume_from_checkpoint
+    metrics["train"] = trainer.train(resume_from_checkpoint=resume in ("true", "True", True) or resume).metrics
     if test_rows is not None:
         metrics["after"] = trainer.evaluate()
         for title in ("before", "after"):
@@ -234,6 +241,7 @@ def train(words: Sequence[str]) -> None:
     trainer.save_model()
     trainer.save_state()
     _write_metrics(args.output_dir, metrics)
+    print(f"adapter saved in {args.output_dir}; judge it with: qlora-dpo evaluate --adapter {args.output_dir}")
 
 
 def evaluate(words: Sequence[str]) -> None:

@@ -38,6 +38,7 @@ _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv":
 KEPT = ""
 EMPTY_PROMPT = "no token is left of the prompt, so nothing predicts the first token of a completion"
 LONG_PROMPT = "the prompt alone has max_length tokens or more"
+NO_COMMON_START = "no prompt is given, and chosen and rejected do not begin with the same message or token"
 NO_PAIRS = "no pair of different completions is left (equal texts, scores or truncated tokens)"
 
 
@@ -72,7 +73,20 @@ def load_rows(path_or_id: str, split: str = "train", name: str | None = None) ->
             raise ValueError(f"A data file must have rows, got none in {path}. Check how it was written.")
         if path.suffix not in _FILE_TYPES:
             raise ValueError(f"A data file must end in one of {sorted(_FILE_TYPES)}, got {path}. Convert it.")
-        return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split=split)
+        try:
+            return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split=split)
+        except ValueError as error:
+            if "Unknown split" not in str(error):
+                raise
+            raise ValueError(
+                f"A data file has one split, `train`, got {split!r}. Use slices of it, such as 'train[:90%]' and "
+                "'train[90%:]'."
+            ) from error
+    return _load(path_or_id, path, split, name)
+
+
+def _load(path_or_id: str, path: Path, split: str, name: str | None) -> Dataset:
+    """A folder or a data set of the Hub."""
     looks_local = path.suffix in _FILE_TYPES or path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1
     if looks_local and not path.is_dir():
         raise FileNotFoundError(f"The data set must be a file, a folder or a Hub id, got {path}. Check the path.")
@@ -103,7 +117,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, preference: Preference, row: Map
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference) -> list[list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference, row: Mapping[str, Any]) -> list[list[int]]:
     """Token ids of the prompt and of prompt + each completion: one BOS if the tokenizer adds one, one EOS last."""
     eos = tokenizer.eos_token or ""
     prompt = preference.prompt or ""
@@ -158,16 +172,25 @@ def tokenize_row(
         `prompt_ids`, `completion_ids`, `pairs`, `row`; `dropped`: the reason, or "" if the group is kept; and for the
         report `truncated`, `boundary_moved`.
     """
+    group: dict[str, Any] = {"row": index, "boundary_moved": False}
     try:
         preference = parse_row(row, pair_strategy)
-        encode = _render(tokenizer, preference, row) if preference.conversational else _encode(tokenizer, preference)
+        if preference.prompt == []:
+            return group | _dropped(NO_COMMON_START)
+        prompt_ids, *wholes = (_render if preference.conversational else _encode)(tokenizer, preference, row)
     except (ValueError, TypeError, TemplateError) as error:
         raise ValueError(f"Row {index} of the data set: {error}") from error
-    prompt_ids, *wholes = encode
     implied = preference.prompt is None
     boundary = _common_prefix(wholes[0] if implied else prompt_ids, wholes)
-    moved = not implied and boundary < len(prompt_ids)
-    return {"row": index, "boundary_moved": moved, **_cut(wholes, boundary, preference.pairs, limits)}
+    if implied and set(wholes[0][:boundary]) <= {tokenizer.bos_token_id}:
+        return group | _dropped(NO_COMMON_START)
+    group["boundary_moved"] = not implied and boundary < len(prompt_ids)
+    return group | _cut(wholes, boundary, preference.pairs, limits)
+
+
+def _dropped(reason: str) -> dict[str, Any]:
+    """A group of which nothing is left."""
+    return {"prompt_ids": [], "completion_ids": [], "pairs": [], "truncated": False, "dropped": reason}
 
 
 def _cut(

@@ -194,4 +194,5 @@ def _print_summary(
     for name, metrics in (("before", before), ("random adapter", control), ("after DPO", after)):
         accuracy, margin = metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"]
         print(f"  {name:15} preference accuracy {accuracy:.2f}, implicit reward margin {margin:+.2f}")
+    print("  (an adapter that adds nothing ties every pair, and a tie counts one half)")
     print(f"  mean true reward of samples: {rewards['before']:+.1f} before, {rewards['after']:+.1f} after")

@@ -100,7 +100,9 @@ def without_nulls(value: Any) -> Any:
 
 def decoded(value: Any) -> Any:
     """What a file may hold as JSON text (lists in a .csv, tools), decoded; empty text is None."""
-    return json.loads(value) if isinstance(value, str) and value.strip() else value or None
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.strip() else None
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device:
 
     The yardstick is what `padded` itself differs by in this dtype: the same two rows alone, together, and together in
     the other order. Where that is nothing at all (short rows on some CPUs), a few roundings of each token's
-    log-probability, added up like a random walk, stand in for it. Over 27 tiny families in units of one such rounding,
+    log-probability, added up like a random walk, stand in for it. Over 27 tiny models in units of one such rounding,
     layouts that hold were within 5 in fp32 and 1 in bf16 (but for the expert choices of gpt-oss), those that do not
     were at 580,000 and 9 or more.
 

@@ -79,6 +79,7 @@ def read_record(folder: str) -> AdapterRecord:
     """
     path = Path(folder, RECORD_NAME)
     if not path.is_file():
-        raise FileNotFoundError(f"The adapter must lie beside its {RECORD_NAME}, got none in {folder}. Train it again.")
+        way_out = "Train it again." if Path(folder).is_dir() else "Check the path."
+        raise FileNotFoundError(f"The adapter must lie beside its {RECORD_NAME}, got none in {folder}. {way_out}")
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
     return AdapterRecord(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})

@@ -49,6 +49,16 @@ def test_evaluate_uses_the_beta_of_the_adapter_unless_told(base_folder, rows_fil
     assert margins[1] == pytest.approx(2 * margins[0], rel=1e-6)
 
 
+def test_a_run_goes_on_from_its_last_checkpoint(base_folder, rows_file, tmp_path):
+    words = train_words(base_folder, rows_file, tmp_path / "run")
+    words[words.index("--save_strategy") + 1] = "steps"
+    assert main([*words, "--save_steps", "1"]) == 0
+    assert main([*words, "--save_steps", "1", "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
 def test_ranked_groups_train(base_folder, tmp_path):
     path = tmp_path / "ranked.jsonl"
     path.write_text("".join(json.dumps(ranked_row(seed)) + "\n" for seed in range(6)))
@@ -115,8 +125,13 @@ def test_unknown_options_in_yaml_are_refused(tmp_path, options, message):
         parsed(tmp_path, options)
 
 
+def test_a_flag_is_not_guessed_from_its_beginning(tmp_path):
+    with pytest.raises(ValueError, match=r"got --max_step 2\. Did you mean `max_steps`"):
+        parsed(tmp_path, {}, "--max_step", "2")
+
+
 def test_unknown_flags_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be known, got --lerning_rate 1"):
+    with pytest.raises(ValueError, match=r"must be known, got --lerning_rate 1\. Did you mean `learning_rate`"):
         parsed(tmp_path, {}, "--lerning_rate", "1")
 
 
@@ -127,6 +142,7 @@ def test_unknown_flags_are_refused(tmp_path):
         ({"--model_name_or_path": "./nowhere"}, "Check the path"),
         ({"--config": "./no.yaml"}, "Check the path"),
         ({"--dtype": "int8"}, "`dtype` must be one of"),
+        ({"--dataset_test_split": "test"}, "Use slices of it"),
         ({"--max_length": "3"}, "all 8 were dropped"),
         ({"--precompute_ref_log_probs": "true"}, "`precompute_ref_log_probs` must be False"),
     ],

@@ -108,6 +108,20 @@ def test_a_prompt_without_tokens_is_dropped():
     assert "nothing predicts" in tokenized(plain, {"prompt": "", "chosen": "cat", "rejected": "dog"})["dropped"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "the cat", "chosen": "sees", "rejected": "finds"},
+        {"question": "the cat", "chosen": chat_row(1)["chosen"], "rejected": chat_row(1)["rejected"]},
+    ],
+    ids=["text", "messages"],
+)
+def test_rows_without_any_prompt_are_dropped(tokenizer, row):
+    """A misspelt `prompt` column must not train on completions alone."""
+    with pytest.raises(ValueError, match="no prompt is given"):
+        prepare_dataset(Dataset.from_list([row]), tokenizer, NO_LIMITS)
+
+
 def test_report_counts_what_happened(tokenizer):
     rows = [ranked_row(seed) for seed in range(5)]
     rows.append({"prompt": "cat", "completions": [" dog", " dog"], "scores": [1.0, 2.0]})
