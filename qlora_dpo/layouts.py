@@ -139,10 +139,11 @@ def make_batch(groups: Sequence[Group], layout: str, pad_token_id: int = 0) -> d
         `predictors` `(N,)`: index into the `R * L` positions of the one that predicts each scored token;
         `targets` `(N,)`: the scored tokens, completion by completion;
         `lengths`: B host integers, scored tokens of each completion;
-        `group` `(B,)`: group of each completion; `prompt_lengths`: tokens of each group's prompt, host integers;
+        `group` `(B,)`: group of each completion;
         `yw_idxs`, `yl_idxs` `(T,)`: the pairs, as indices into the B completions;
         `rows`, `pair_ids`: T host integers each, data-set row and number within the row of each pair;
-        `num_tokens`: both sides of every pair with their prompt, a host integer, as TRL counts.
+        `num_tokens`: both sides of every pair with their prompt, a host integer, as TRL counts;
+        `num_unique_tokens`: tokens placed in the rows, without padding, a host integer.
     """
     rows = _PLACE[layout](groups)
     width = max(len(ids) for ids in rows.input_ids)
@@ -155,7 +156,7 @@ def make_batch(groups: Sequence[Group], layout: str, pad_token_id: int = 0) -> d
         "targets": torch.tensor([t for group in groups for ids in group.completion_ids for t in ids]),
         "lengths": [len(ids) for group in groups for ids in group.completion_ids],
         "group": torch.tensor([g for g, group in enumerate(groups) for _ in group.completion_ids]),
-        "prompt_lengths": [len(group.prompt_ids) for group in groups],
+        "num_unique_tokens": sum(len(ids) for ids in rows.input_ids),
         **_pairs(groups),
     }
     if layout == "padded":

@@ -1,8 +1,6 @@
 """`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
 
-import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
+from qlora_dpo.arguments import check_arguments, policy_from, tokenizer_from, warn_of_router
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import DataReport, prepare_dataset, show
 from qlora_dpo.evaluation import PairRecords
@@ -28,17 +27,7 @@ from qlora_dpo.forward import disable_dropout, install_scoring, score_batch
 from qlora_dpo.layouts import Group, GroupCollator, group_of
 from qlora_dpo.losses import LOSSES, Scores
 from qlora_dpo.metrics import RunningSums, pair_table, preference_metrics, summarize
-from qlora_dpo.model import (
-    adapter_folder,
-    attach_adapter,
-    is_fresh,
-    is_quantized,
-    keep_one_arithmetic,
-    load_base,
-    load_policy,
-    with_pad_token,
-)
-from qlora_dpo.model import load_tokenizer as load_tokenizer_of
+from qlora_dpo.model import is_fresh, keep_one_arithmetic
 from qlora_dpo.proof import (
     LayoutProof,
     attention_span,
@@ -105,16 +94,16 @@ class QLoRADPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         args = args or QLoRADPOConfig(output_dir="qlora-dpo-output")
-        _check_arguments(ref_model, args, data_collator, train_dataset, eval_dataset)
+        check_arguments(ref_model, args, data_collator, train_dataset, eval_dataset)
         set_seed(args.seed)  # the adapter's A matrices are random
-        policy = _policy(model, args, quantization_config, peft_config)
-        tokenizer = _tokenizer(model, policy, args, processing_class)
+        policy = policy_from(model, args, quantization_config, peft_config)
+        tokenizer = tokenizer_from(model, policy, args, processing_class)
         keep_one_arithmetic(policy)
         if args.disable_dropout:
             disable_dropout(policy)
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             policy.enable_input_require_grads()  # the reentrant kind sees no gradient behind frozen embeddings
-        _warn_of_router(policy, args)
+        warn_of_router(policy, args)
         install_scoring(policy.get_base_model())
         self.reference = make_reference(args.reference, policy, args.logps_chunk_size)
         self.starts_at_reference = isinstance(self.reference, BaseReference) and is_fresh(policy)
@@ -269,7 +258,7 @@ class QLoRADPOTrainer(Trainer):
         """
         losses, table = self._pair_losses(model, inputs)
         if self.model.training:
-            self._sums.add(table, _unique_tokens(inputs))
+            self._sums.add(table, inputs["num_unique_tokens"])
         pairs = len(losses) if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = losses.sum() / pairs * processes
@@ -393,94 +382,3 @@ class QLoRADPOTrainer(Trainer):
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
         write_record(folder, self.model, self.args, self.reference.kind)
-
-
-def _unique_tokens(batch: dict[str, Any]) -> int:
-    """Tokens placed in a batch's rows, without padding."""
-    if batch["attention_mask"] is None:
-        return batch["input_ids"].numel()
-    return len(batch["targets"]) - len(batch["lengths"]) + _prompt_tokens(batch)
-
-
-def _prompt_tokens(batch: dict[str, Any]) -> int:
-    """Prompt tokens of padded rows: one prompt per completion."""
-    counts = batch["group"].bincount().tolist()
-    return sum(length * count for length, count in zip(batch["prompt_lengths"], counts, strict=True))
-
-
-def _check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuse constructor arguments that cannot be honoured."""
-    if not isinstance(args, QLoRADPOConfig):
-        raise TypeError(f"`args` must be a QLoRADPOConfig, got {type(args).__name__}. Build one from the same options.")
-    if ref_model is not None:
-        raise NotImplementedError(
-            f"`ref_model` must be None for now, got {type(ref_model).__name__}: the reference is the base model with "
-            "its adapters disabled."
-        )
-    if data_collator is not None and not isinstance(data_collator, GroupCollator):
-        raise TypeError(f"`data_collator` must be a GroupCollator, got {type(data_collator).__name__}. Leave it out.")
-    if train_dataset is None and eval_dataset is None:
-        raise ValueError("`train_dataset` or `eval_dataset` must be given, got neither. Pass one.")
-
-
-def _warn_of_router(policy: PeftModel, args: QLoRADPOConfig) -> None:
-    """Say that a mixture of experts trains without the auxiliary loss that its config asks for."""
-    config = policy.get_base_model().config.get_text_config()
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-    if hasattr(config, "output_router_logits") and coefficient and args.router_aux_loss_coef is None:
-        warnings.warn(
-            f"The router's auxiliary loss (coefficient {coefficient} in the model's config) is not added to the loss "
-            "yet. Set router_aux_loss_coef=0.0 to agree.",
-            stacklevel=3,
-        )
-
-
-def _keywords(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """`model_init_kwargs` as a dict: the command line gives JSON, which `TrainingArguments` has decoded by now."""
-    return dict(value) if isinstance(value, dict) else {}
-
-
-def _policy(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft_config: Any) -> PeftModel:
-    """The model with an adapter to train: loaded, wrapped, or as it is."""
-    if isinstance(model, str):
-        kwargs = {"trust_remote_code": args.trust_remote_code} | _keywords(args.model_init_kwargs)
-        if adapter_folder(model):
-            return load_policy(model, peft_config=peft_config, quantization_config=quantization_config, **kwargs)
-        base = load_base(model, quantization_config, **kwargs)
-        weights = "4 bit" if is_quantized(base) else str(base.dtype)
-        if args.process_index == 0:
-            print(f"loaded {model} in {weights}, with {peft_config or 'default LoRA'}", file=sys.stderr)
-        return attach_adapter(base, peft_config, kwargs.get("revision"))
-    if args.model_init_kwargs:
-        raise ValueError(
-            "`model_init_kwargs` must be None for a model that is loaded, got some. Load the model with them."
-        )
-    if quantization_config is not None:
-        raise ValueError(
-            "`quantization_config` must be None for a model that is loaded, got one. Pass the model's name."
-        )
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise NotImplementedError(
-                "`peft_config` must be None for a model that has an adapter, got both: stacked adapters are not built "
-                "yet. Merge the adapter into the base, or train it."
-            )
-        return model
-    if peft_config is None:
-        quantized = "A quantised model" if is_quantized(model) else "A model without adapters"
-        raise ValueError(f"{quantized} cannot be trained by itself, got no adapter. Pass `peft_config`.")
-    return attach_adapter(model, peft_config)
-
-
-def _tokenizer(model: Any, policy: PeftModel, args: QLoRADPOConfig, tokenizer: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the model's own."""
-    if tokenizer is None:
-        source = model if isinstance(model, str) else policy.get_base_model().config._name_or_path
-        if not source:
-            raise ValueError("`processing_class` must be given for a model without a name, got None. Pass it.")
-        revision = _keywords(args.model_init_kwargs).get("revision")
-        options = {} if revision is None else {"revision": revision}
-        return load_tokenizer_of(source, trust_remote_code=args.trust_remote_code, **options)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(f"`processing_class` must be a tokenizer, got {type(tokenizer).__name__}. Pass the tokenizer.")
-    return with_pad_token(tokenizer)

@@ -13,7 +13,7 @@ LAYERS = [
     {"preferences", "losses", "logps", "metrics", "world"},
     {"layouts", "attention", "data", "config"},
     {"model", "forward"},
-    {"reference", "record"},
+    {"reference", "record", "arguments"},
     {"proof"},
     {"evaluation", "trainer"},
     {"demo"},

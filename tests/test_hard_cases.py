@@ -343,7 +343,7 @@ def test_a_torch_dtype_is_honoured(base_folder):
 
 
 def test_a_trust_remote_code_in_model_init_kwargs_is_kept(monkeypatch, base_folder, make_args, chat_rows):
-    import qlora_dpo.trainer as module
+    import qlora_dpo.arguments as module
 
     given, load = {}, module.load_base
     monkeypatch.setattr(module, "load_base", lambda m, q, **k: given.update(k) or load(m, q, **k))
@@ -433,7 +433,9 @@ def test_b_numpy_values_of_compute_metrics_survive_a_checkpoint(tokenizer, make_
     def compute(prediction):
         return {"wins": (prediction.predictions[0] > prediction.predictions[1]).sum()}
 
-    trainer_of(tokenizer, args, eval_rows=RANKED, compute_metrics=compute).train()
+    trainer = trainer_of(tokenizer, args, eval_rows=RANKED, compute_metrics=compute)
+    trainer.train()
+    assert (Path(args.output_dir) / "checkpoint-1" / "trainer_state.json").is_file()
 
 
 def test_b_keys_of_compute_metrics_that_have_the_prefix_keep_it_once(tokenizer, make_args):
@@ -481,7 +483,8 @@ def test_b_a_trained_ia3_adapter_can_be_evaluated(tokenizer, make_args):
         for name, p in model.named_parameters():
             if "ia3" in name:
                 p.mul_(1.5)
-    trainer_of(tokenizer, make_args(reference="base"), eval_rows=RANKED, policy=model).evaluate()
+    found = trainer_of(tokenizer, make_args(reference="base"), eval_rows=RANKED, policy=model).evaluate()
+    assert found["eval_rewards/margins"] != 0
 
 
 def test_b_weights_loaded_into_a_trainer_can_be_evaluated(tokenizer, make_args, tmp_path):
@@ -700,24 +703,20 @@ def test_c_a_model_without_a_name_asks_for_a_tokenizer(tokenizer, make_args, cha
 
 
 def test_c_the_revision_reaches_the_tokenizer(monkeypatch, base_folder, make_args, chat_rows):
-    import qlora_dpo.trainer as module
+    import qlora_dpo.arguments as module
 
-    given, load = {}, module.load_tokenizer_of
-    monkeypatch.setattr(module, "load_tokenizer_of", lambda m, **k: given.update(k) or load(m, **k))
+    given, load = {}, module.load_tokenizer
+    monkeypatch.setattr(module, "load_tokenizer", lambda m, **k: given.update(k) or load(m, **k))
     args = make_args(model_init_kwargs={"revision": "abc"}, bf16=True)
     QLoRADPOTrainer(model=base_folder, args=args, train_dataset=chat_rows)
     assert given.get("revision") == "abc"
 
 
 def test_c_options_of_trl_at_their_defaults_are_accepted(make_args):
-    """config.py: a field of TRL is accepted at its neutral value."""
-    make_args(
-        f_alpha_divergence_coef=0.5,
-        discopop_tau=0.05,
-        ref_model_mixup_alpha=0.6,
-        ref_model_sync_steps=512,
-        pad_token=None,
-    )
+    """A field of TRL is accepted at its neutral value."""
+    options = {"f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05, "ref_model_sync_steps": 512, "pad_token": None}
+    args = make_args(ref_model_mixup_alpha=0.6, **options)
+    assert args.ref_model_mixup_alpha == 0.6
 
 
 def test_c_samples_per_second_of_a_stream(tokenizer, make_args):

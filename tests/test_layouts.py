@@ -42,6 +42,7 @@ def test_what_is_asked_does_not_depend_on_the_layout(layout):
     assert batch["yl_idxs"].tolist() == [1, 2, 2]
     assert (batch["rows"], batch["pair_ids"]) == ([7, 8, 8], [0, 0, 1])
     assert batch["num_tokens"] == (5 + 6) + 2 * (2 + 3)
+    assert batch["num_unique_tokens"] == {"tree": 8, "packed": 12, "padded": 12}[layout]
     predictors = batch["input_ids"].flatten()[batch["predictors"]]
     assert predictors.tolist() == [3, 4, 3, 6, 7, 9, 9, 11]
 
