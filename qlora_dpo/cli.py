@@ -16,7 +16,7 @@ import torch
 import yaml
 from datasets.exceptions import DatasetsError
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, HfArgumentParser
+from transformers import BitsAndBytesConfig, HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 
@@ -219,6 +219,7 @@ def train(words: Sequence[str]) -> None:
     load = {"path_or_id": data.dataset_name, "name": data.dataset_config}
     train_rows = load_rows(split=data.dataset_train_split, **load)
     test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None
+    set_seed(args.seed)  # the adapter's A matrices are random
     policy = _policy(model, args)
     revision = {} if model.model_revision is None else {"revision": model.model_revision}
     tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code, **revision)

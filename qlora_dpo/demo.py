@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.model import load_policy
@@ -26,6 +26,7 @@ HELDOUT_ROWS = 240
 BATCH = 16
 LEARNING_RATE = 1e-3
 BETA = 0.5
+RANDOM_ADAPTERS = 6
 SHOWN = 4
 """Prompts whose samples are printed; `metrics.json` holds all."""
 
@@ -120,6 +121,7 @@ def _trainer(arguments: DemoArguments, base: str) -> QLoRADPOTrainer:
         report_to=[],
         seed=arguments.seed,
     )
+    set_seed(arguments.seed)  # the adapter's A matrices are random
     trainer = QLoRADPOTrainer(
         model=load_policy(base, gradient_checkpointing=False),
         args=args,
@@ -132,16 +134,21 @@ def _trainer(arguments: DemoArguments, base: str) -> QLoRADPOTrainer:
 
 
 def _untrained_control(trainer: QLoRADPOTrainer, seed: int) -> dict[str, float]:
-    """Evaluation of an adapter of random weights, which are put back to zero: what accuracy means without training."""
+    """What accuracy means without training: the mean evaluation of some adapters of random weights.
+
+    One random adapter may lean to either side by a tenth; their mean does not. The adapter is put back to zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     factors = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    found: list[dict[str, float]] = []
     with torch.no_grad():
-        for factor in factors:
-            factor.normal_(std=0.02, generator=generator)
-        metrics = trainer.evaluate()
+        for _ in range(RANDOM_ADAPTERS):
+            for factor in factors:
+                factor.normal_(std=0.02, generator=generator)
+            found.append(trainer.evaluate())
         for factor in factors:
             factor.zero_()
-    return metrics
+    return {key: sum(metrics[key] for metrics in found) / len(found) for key in found[0]}
 
 
 def run_demo(arguments: DemoArguments) -> dict[str, Any]:
@@ -151,8 +158,8 @@ def run_demo(arguments: DemoArguments) -> dict[str, Any]:
         arguments: Where to write and how long to train.
 
     Returns:
-        `before` and `after`: the evaluation's keys on held-out prompts; `control`: the same of an adapter of random
-        weights; `true_reward`: its mean over samples before
+        `before` and `after`: the evaluation's keys on held-out prompts; `control`: their mean over adapters of
+        random weights; `true_reward`: its mean over samples before
         and after; `samples`; `seconds` by phase.
     """
     seconds: dict[str, float] = {}
@@ -191,8 +198,8 @@ def _print_summary(
 ) -> None:
     """Accuracy, margin and true reward before and after."""
     print("\non prompts that occur in no training text:")
-    for name, metrics in (("before", before), ("random adapter", control), ("after DPO", after)):
+    for name, metrics in (("before", before), ("random adapters", control), ("after DPO", after)):
         accuracy, margin = metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"]
-        print(f"  {name:15} preference accuracy {accuracy:.2f}, implicit reward margin {margin:+.2f}")
+        print(f"  {name:16} preference accuracy {accuracy:.2f}, implicit reward margin {margin:+.2f}")
     print("  (an adapter that adds nothing ties every pair, and a tie counts one half)")
     print(f"  mean true reward of samples: {rewards['before']:+.1f} before, {rewards['after']:+.1f} after")

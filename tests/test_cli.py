@@ -49,6 +49,14 @@ def test_evaluate_uses_the_beta_of_the_adapter_unless_told(base_folder, rows_fil
     assert margins[1] == pytest.approx(2 * margins[0], rel=1e-6)
 
 
+def test_the_seed_decides_the_run(base_folder, rows_file, tmp_path):
+    margins = {}
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert main([*train_words(base_folder, rows_file, tmp_path / name), "--seed", seed]) == 0
+        margins[name] = json.loads((tmp_path / name / "metrics.json").read_text())["after"]["eval_rewards/margins"]
+    assert margins["a"] == margins["b"] != margins["c"]
+
+
 def test_a_run_goes_on_from_its_last_checkpoint(base_folder, rows_file, tmp_path):
     words = train_words(base_folder, rows_file, tmp_path / "run")
     words[words.index("--save_strategy") + 1] = "steps"
