@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from qlora_dpo.data import TokenLimits
 from qlora_dpo.layouts import LAYOUTS
@@ -162,6 +163,7 @@ class QLoRADPOConfig(TrainingArguments):
         if getattr(self, "activation_checkpointing", False) is None:  # the newer name of the same field
             self.activation_checkpointing = self.gradient_checkpointing
         self._check()
+        self._check_secrets()
         super().__post_init__()
 
     def _set_device_and_precision(self) -> None:
@@ -199,6 +201,14 @@ class QLoRADPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, or None, got {value}.")
+
+    def _check_secrets(self) -> None:
+        """Refuse what would upload a token: Trainer writes its arguments beside a checkpoint that it pushes."""
+        if self.push_to_hub and self.hub_token and HubStrategy(self.hub_strategy) is not HubStrategy.END:
+            raise ValueError(
+                "`hub_token` must be None when checkpoints are pushed, got one: it would be uploaded with them. Set "
+                "HF_TOKEN or log in instead."
+            )
 
     def _check_choice(self, name: str, value: str, choices: tuple[str, ...]) -> None:
         if value not in choices:
