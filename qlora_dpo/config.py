@@ -38,6 +38,7 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "pad_token": (None,),
     "train_sampling_strategy": ("random", "sequential"),
     "label_smoothing_factor": (0.0,),
+    "use_liger_kernel": (False,),
 }
 """Fields that are not honoured, with the values that ask for nothing: TRL's, and some of TrainingArguments."""
 
