@@ -62,7 +62,8 @@ ASKED = {
     "precompute_ref_batch_size": 4, "loss_weights": [0.5], "ld_alpha": 0.5, "f_divergence_type": "forward_kl",
     "use_weighting": True, "sync_ref_model": True, "activation_offloading": True, "router_aux_loss_coef": 0.01,
     "f_alpha_divergence_coef": 0.3, "discopop_tau": 0.1, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 8,
-    "pad_token": "<pad>", "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1, "use_liger_kernel": True,
+    "pad_token": "<pad>", "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1,
+    "use_liger_kernel": True,
 }  # fmt: skip
 
 
