@@ -167,6 +167,11 @@ def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
             f"--model_name_or_path must be a base model for now, got the adapter {model.model_name_or_path}. Merge it "
             "into its base first, or name the base to train a new adapter."
         )
+    if model.lora_dropout and args.disable_dropout:
+        raise ValueError(
+            f"`lora_dropout` must be 0 while `disable_dropout` is on, got {model.lora_dropout}. Add "
+            "--disable_dropout false."
+        )
     lora = LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,

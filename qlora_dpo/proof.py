@@ -194,7 +194,12 @@ def choose_layout(
 
 
 def check_start(
-    model: nn.Module, reference: Reference, groups: Sequence[Group], layout: str, device: torch.device
+    model: nn.Module,
+    reference: Reference,
+    groups: Sequence[Group],
+    layout: str,
+    device: torch.device,
+    chunk_size: int | None = None,
 ) -> None:
     """A policy at its own start is its reference: every margin must be exactly 0.
 
@@ -204,6 +209,7 @@ def check_start(
         groups: Groups whose pairs to check.
         layout: The layout to score in.
         device: The model's device.
+        chunk_size: Positions in a tile of logits, as the reference has it: other tiles round otherwise.
 
     Raises:
         RuntimeError: If a margin is not 0.
@@ -211,7 +217,7 @@ def check_start(
     batch = to_device(make_batch(groups, layout), device)
     ref_logps = reference(model, batch)
     with torch.no_grad(), noise_off(model):
-        logratios = score_batch(model, batch)["logps"] - ref_logps
+        logratios = score_batch(model, batch, chunk_size=chunk_size)["logps"] - ref_logps
     margins = logratios[batch["yw_idxs"]] - logratios[batch["yl_idxs"]]
     worst = max(margins.abs().max().item(), logratios.abs().max().item())
     if worst != 0:

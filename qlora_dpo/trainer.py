@@ -186,7 +186,7 @@ class QLoRADPOTrainer(Trainer):
         if self.starts_at_reference and not self._start_checked:
             groups, layout = extreme_groups(self._some_groups()), self.data_collator.layout
             with self.accelerator.autocast():
-                check_start(self.model, self.reference, groups, layout, self.args.device)
+                check_start(self.model, self.reference, groups, layout, self.args.device, self.args.logps_chunk_size)
         self._start_checked = True
 
     def _some_groups(self) -> list[Group]:

@@ -149,6 +149,7 @@ def test_unknown_flags_are_refused(tmp_path):
         ({"--dataset_name": "./no.jsonl"}, "Check the path"),
         ({"--model_name_or_path": "./nowhere"}, "Check the path"),
         ({"--config": "./no.yaml"}, "Check the path"),
+        ({"--lora_dropout": "0.1"}, "`lora_dropout` must be 0 while"),
         ({"--dtype": "int8"}, "`dtype` must be one of"),
         ({"--dataset_test_split": "test"}, "Use slices of it"),
         ({"--max_length": "3"}, "all 8 were dropped"),

@@ -85,12 +85,7 @@ def layouts_for(name):
     return ("padded",) if name in ROW_LOCAL else LAYOUTS
 
 
-@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - set(FP32_INSIDE)))
-def test_layouts_equal_one_sequence_at_a_time_in_fp64(name):
-    """To 1e-9 nats, for families that compute in fp64 throughout but for norms and rotary embeddings.
-
-    Gradients to 1e-6 of their norm, since those run in fp32 there and back.
-    """
+def assert_equal_in_fp64(name):
     policy, rows = policy_of(name, torch.float64), make_groups(seed=3)
     logps, grad = naive(policy, rows)
     for layout in layouts_for(name):
@@ -99,12 +94,21 @@ def test_layouts_equal_one_sequence_at_a_time_in_fp64(name):
         assert (found_grad - grad).norm() < 1e-6 * grad.norm(), layout
 
 
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - set(FP32_INSIDE)))
+def test_layouts_equal_one_sequence_at_a_time_in_fp64(name):
+    """To 1e-9 nats, for families that compute in fp64 throughout but for norms and rotary embeddings.
+
+    Gradients to 1e-6 of their norm, since those run in fp32 there and back.
+    """
+    assert_equal_in_fp64(name)
+
+
 def test_multi_head_latent_attention_equals_one_sequence_at_a_time_in_fp64(monkeypatch):
     """DeepSeek-V3 without its fp32 router: query and value heads of different size."""
     config = ARCHITECTURES["deepseek_v3"]()
     config.first_k_dense_replace = config.num_hidden_layers
     monkeypatch.setitem(ARCHITECTURES, "deepseek_v3", lambda: config)
-    test_layouts_equal_one_sequence_at_a_time_in_fp64("deepseek_v3")
+    assert_equal_in_fp64("deepseek_v3")
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))

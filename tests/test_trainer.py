@@ -165,6 +165,14 @@ def test_first_margins_are_exactly_zero_and_first_loss_is_log_2(tokenizer, make_
     assert (first["rewards/accuracies"], first["rewards/ties"]) == (0.5, 1.0)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3, 1000])
+def test_first_margins_are_exactly_zero_for_every_chunk_size(base_folder, make_args, chat_rows, chunk_size):
+    args = make_args(max_steps=1, logps_chunk_size=chunk_size, bf16=True)
+    trainer = QLoRADPOTrainer(model=load_policy(base_folder), args=args, train_dataset=chat_rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
 def test_first_margins_are_exactly_zero_on_a_four_bit_base(base_folder, make_args, chat_rows):
     trainer = QLoRADPOTrainer(
         model=load_policy(base_folder),
