@@ -1,12 +1,12 @@
 """What the trainer's constructor is given, made into a policy and a tokenizer, or refused."""
 
 import sys
-import warnings
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.layouts import GroupCollator
 from qlora_dpo.model import (
@@ -18,16 +18,19 @@ from qlora_dpo.model import (
     load_tokenizer,
     with_pad_token,
 )
+from qlora_dpo.reference import Reference, make_reference
 
 
 def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse constructor arguments that cannot be honoured."""
     if not isinstance(args, QLoRADPOConfig):
         raise TypeError(f"`args` must be a QLoRADPOConfig, got {type(args).__name__}. Build one from the same options.")
-    if ref_model is not None:
+    if ref_model is not None and args.reference != "auto":
+        raise ValueError(f"`ref_model` must be None with reference='{args.reference}', got both. Drop one of them.")
+    if ref_model is not None and args.sync_ref_model:
         raise NotImplementedError(
-            f"`ref_model` must be None for now, got {type(ref_model).__name__}: the reference is the base model with "
-            "its adapters disabled."
+            "`ref_model` must be None with `sync_ref_model`, got one: the average is taken of the adapter's weight "
+            "change. Leave it out."
         )
     if data_collator is not None and not isinstance(data_collator, GroupCollator):
         raise TypeError(f"`data_collator` must be a GroupCollator, got {type(data_collator).__name__}. Leave it out.")
@@ -35,16 +38,22 @@ def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset
         raise ValueError("`train_dataset` or `eval_dataset` must be given, got neither. Pass one.")
 
 
-def warn_of_router(policy: PeftModel, args: QLoRADPOConfig) -> None:
-    """Say that a mixture of experts trains without the auxiliary loss that its config asks for."""
+def router_coefficient(policy: PeftModel, args: QLoRADPOConfig) -> float:
+    """Factor of a mixture of experts' load-balancing loss: the option's, else the model config's, else 0.
+
+    Raises:
+        ValueError: If one is asked for and the model has no router.
+    """
     config = policy.get_base_model().config.get_text_config()
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-    if hasattr(config, "output_router_logits") and coefficient and args.router_aux_loss_coef is None:
-        warnings.warn(
-            f"The router's auxiliary loss (coefficient {coefficient} in the model's config) is not added to the loss "
-            "yet. Set router_aux_loss_coef=0.0 to agree.",
-            stacklevel=3,
-        )
+    asked = args.router_aux_loss_coef
+    if not hasattr(config, "output_router_logits"):
+        if asked:
+            raise ValueError(
+                f"`router_aux_loss_coef` must be None or 0 for {config.model_type}, which has no router, got {asked}. "
+                "Leave it out."
+            )
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if asked is None else asked)
 
 
 def _keywords(value: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -73,10 +82,7 @@ def policy_from(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft
         )
     if isinstance(model, PeftModel):
         if peft_config is not None:
-            raise NotImplementedError(
-                "`peft_config` must be None for a model that has an adapter, got both: stacked adapters are not built "
-                "yet. Merge the adapter into the base, or train it."
-            )
+            stack_adapter(model, peft_config)
         return model
     if peft_config is None:
         quantized = "A quantised model" if is_quantized(model) else "A model without adapters"
@@ -96,3 +102,34 @@ def tokenizer_from(model: Any, policy: PeftModel, args: QLoRADPOConfig, tokenize
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"`processing_class` must be a tokenizer, got {type(tokenizer).__name__}. Pass the tokenizer.")
     return with_pad_token(tokenizer)
+
+
+def reference_from(policy: PeftModel, ref_model: Any, args: QLoRADPOConfig) -> Reference:
+    """The reference that the options and `ref_model` name."""
+    if isinstance(ref_model, str):
+        return make_reference(ref_model, policy, args.logps_chunk_size, in_4bit=args.reference_in_4bit)
+    if ref_model is not None and ref_model in (policy, policy.get_base_model()):
+        raise ValueError("`ref_model` must be another object than `model`, got the same. Leave it out.")
+    average = (args.ref_model_mixup_alpha, args.ref_model_max_rank) if args.sync_ref_model else None
+    return make_reference(
+        args.reference,
+        policy,
+        args.logps_chunk_size,
+        ref_model=ref_model,
+        ignored=args.objective.ignores_reference,
+        in_4bit=args.reference_in_4bit,
+        average=average,
+        model_kwargs={"trust_remote_code": args.trust_remote_code},
+    )
+
+
+def describe(policy: PeftModel) -> str:
+    """What is trained, in a line for people."""
+    base = policy.get_base_model()
+    names = trained_adapters(policy)
+    adapters = ", ".join(f"{policy.peft_config[name].peft_type.value} adapter '{name}'" for name in names)
+    below = frozen_adapters(policy)
+    count = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    weights = "4-bit" if getattr(base, "is_loaded_in_4bit", False) else str(base.dtype).removeprefix("torch.")
+    stacked = f" on the frozen {', '.join(map(repr, below))}" if below else ""
+    return f"{adapters}{stacked} ({count:,} trainable weights) on {base.config._name_or_path or 'a model'} in {weights}"

@@ -24,7 +24,7 @@ from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import load_rows
 from qlora_dpo.demo import DemoArguments, run_demo
 from qlora_dpo.model import adapter_folder, default_quantization, load_policy, load_tokenizer
-from qlora_dpo.record import read_record
+from qlora_dpo.record import read_record, recorded_reference, require_known, saved_adapter, warn_of_reference
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
@@ -50,7 +50,12 @@ class DataArguments:
 class ModelArguments:
     """Which model to train, and how its adapter is made."""
 
-    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the base model."})
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id or folder of the base model, or folder of an adapter to go on with."}
+    )
+    new_adapter: bool = field(
+        default=False, metadata={"help": "Train a new adapter on top of the one named, which stays frozen."}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
     dtype: str | None = field(
         default=None,
@@ -162,23 +167,26 @@ def parse(classes: Sequence[type], words: Sequence[str], program: str, defaults:
 
 
 def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
-    if adapter_folder(model.model_name_or_path):
-        raise NotImplementedError(
-            f"--model_name_or_path must be a base model for now, got the adapter {model.model_name_or_path}. Merge it "
-            "into its base first, or name the base to train a new adapter."
-        )
     if model.lora_dropout and args.disable_dropout:
         raise ValueError(
             f"`lora_dropout` must be 0 while `disable_dropout` is on, got {model.lora_dropout}. Add "
             "--disable_dropout false."
         )
-    lora = LoraConfig(
+    lora: LoraConfig | None = LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
         target_modules=model.lora_target_modules or "all-linear",
         task_type="CAUSAL_LM",
     )
+    if adapter_folder(model.model_name_or_path) and not model.new_adapter:
+        changed = [f.name for f in fields(model) if f.name.startswith("lora_") and getattr(model, f.name) != f.default]
+        if changed:
+            raise ValueError(
+                f"`{changed[0]}` must be left out for {model.model_name_or_path}, an adapter that has its own, got "
+                f"{getattr(model, changed[0])}. Add --new_adapter true to train a new one on top of it."
+            )
+        lora = None
     quantization = default_quantization()
     quantization.bnb_4bit_quant_type = model.bnb_4bit_quant_type
     quantization.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
@@ -255,17 +263,24 @@ def evaluate(words: Sequence[str]) -> None:
     classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
     adapter = parse(classes, words, program)[0].adapter  # whose record sets the defaults of the rest
     record = read_record(adapter)
-    kept = ("reference", "beta", "loss_type", "label_smoothing", "max_length", "max_prompt_length", "pair_strategy")
-    defaults = {name: getattr(record, name) for name in kept} | {
-        "output_dir": str(Path(adapter, "evaluation")),
-        "bf16": record.mixed_precision == "bf16",
-        "fp16": record.mixed_precision == "fp16",
-    }
+    kept = ("max_length", "max_prompt_length", "pair_strategy")
+    defaults = (
+        {name: getattr(record, name) for name in kept}
+        | record.loss
+        | {
+            "reference": recorded_reference(record),
+            "output_dir": str(Path(adapter, "evaluation")),
+            "bf16": record.mixed_precision == "bf16",
+            "fp16": record.mixed_precision == "fp16",
+        }
+    )
     chosen, args = parse(classes, words, program, defaults)
+    require_known(record, args.reference)
     quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
     policy = load_policy(
         record.base,
-        adapter=chosen.adapter,
+        adapter=saved_adapter(chosen.adapter),
+        stacked_on=record.stacked_on,
         quantize=quantization is not None,
         quantization_config=quantization,
         gradient_checkpointing=False,
@@ -277,6 +292,7 @@ def evaluate(words: Sequence[str]) -> None:
     trainer = QLoRADPOTrainer(
         model=policy, args=args, eval_dataset=rows, processing_class=load_tokenizer(chosen.adapter)
     )
+    warn_of_reference(record, trainer.reference)
     metrics = trainer.evaluate()
     print(_summary(chosen.adapter, metrics))
     _write_metrics(args.output_dir, metrics)

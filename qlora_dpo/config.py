@@ -13,34 +13,43 @@ from transformers.trainer_utils import HubStrategy
 
 from qlora_dpo.data import TokenLimits
 from qlora_dpo.layouts import LAYOUTS
-from qlora_dpo.losses import LOSSES, loss_parameters
+from qlora_dpo.losses import LOSSES, RANGES
+from qlora_dpo.objective import DIVERGENCES, Objective, check_reference, make_objective
 from qlora_dpo.preferences import PAIR_STRATEGIES
 
 BATCH_LAYOUTS = ("auto", *LAYOUTS)
-REFERENCES = ("auto", "base", "none")
 
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "truncation_mode": ("keep_start",),
     "pad_to_multiple_of": (None, "auto"),
-    "precompute_ref_log_probs": (False,),
-    "precompute_ref_batch_size": (None,),
-    "loss_weights": (None, [1.0]),
-    "ld_alpha": (None, 1.0),
-    "f_divergence_type": ("reverse_kl",),
-    "use_weighting": (False,),
-    "sync_ref_model": (False,),
     "activation_offloading": (False,),
-    "router_aux_loss_coef": (None, 0.0),
-    "f_alpha_divergence_coef": (0.5,),
-    "discopop_tau": (0.05,),
-    "ref_model_mixup_alpha": (0.6,),
-    "ref_model_sync_steps": (512,),
     "pad_token": (None,),
     "train_sampling_strategy": ("random", "sequential"),
     "label_smoothing_factor": (0.0,),
     "use_liger_kernel": (False,),
 }
 """Fields that are not honoured, with the values that ask for nothing: TRL's, and some of TrainingArguments."""
+
+LOSS_FIELDS = (
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "label_smoothing",
+    "ld_alpha",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "use_weighting",
+    "discopop_tau",
+    "simpo_gamma",
+    "orpo_lambda",
+    "cpo_alpha",
+    "dpop_lambda",
+    "bco_running_mean",
+)
+"""Fields that decide the loss; `qlora_dpo.json` keeps them."""
+
+_COUNTS = ("precompute_ref_batch_size", "ref_model_sync_steps", "ref_model_max_rank")
+_MODIFIERS = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "bco_running_mean")
 
 
 def _help(text: str, **more: Any) -> dict[str, Any]:
@@ -85,17 +94,77 @@ class QLoRADPOConfig(TrainingArguments):
         default=0.1, metadata=_help("Strength of the pull to the reference, > 0. The tau of the IPO paper for `ipo`.")
     )
     loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"], metadata=_help(f"The loss, one of {sorted(LOSSES)}.")
+        default_factory=lambda: ["sigmoid"],
+        metadata=_help(f"One loss or several, of {sorted(LOSSES)}."),
     )
+    loss_weights: list[float] | None = field(default=None, metadata=_help("Factor of each loss (MPO). None: 1 each."))
     label_smoothing: float = field(
-        default=0.0, metadata=_help("Probability that a label is flipped, in [0, 0.5); `sigmoid` takes it (cDPO).")
+        default=0.0,
+        metadata=_help(
+            "Probability that a label is flipped, in [0, 0.5), for `sigmoid` (cDPO), `robust`, `exo_pair` (above 0), "
+            "`aot` and `aot_unpaired`."
+        ),
     )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata=_help(
+            "Factor of tokens beyond the shorter side of a pair, in [0, 1] (LD-DPO). None: count all alike."
+        ),
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl", metadata=_help(f"Divergence from the reference, one of {DIVERGENCES} (f-DPO).")
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata=_help("Coefficient of `alpha_divergence`; 1 is `reverse_kl`.")
+    )
+    use_weighting: bool = field(
+        default=False, metadata=_help("Weigh pairs by how likely the policy is to write them (WPO).")
+    )
+    discopop_tau: float = field(default=0.05, metadata=_help("Temperature of `discopop`, in (0, 1]."))
+    simpo_gamma: float = field(default=0.5, metadata=_help("Target margin of `simpo`, 0 or more."))
+    orpo_lambda: float = field(default=0.1, metadata=_help("Factor of the odds ratio in `orpo`, above 0."))
+    cpo_alpha: float = field(default=1.0, metadata=_help("Factor of the likelihood in `cpo`, 0 or more."))
+    dpop_lambda: float = field(
+        default=50.0, metadata=_help("Factor of the penalty in `dpop` on a chosen completion that got less likely.")
+    )
+    bco_running_mean: bool = field(
+        default=False,
+        metadata=_help("Shift rewards in `bco_pair` by their running mean, as in its paper; False is TRL's."),
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata=_help("Factor of a mixture of experts' load-balancing loss. None: the model config's. 0: none."),
+    )
+
     reference: str = field(
         default="auto",
         metadata=_help(
-            f"What the policy is compared with, one of {REFERENCES}: the base model with its adapters disabled (`auto` "
-            "picks it for a fresh adapter), or nothing.",
+            "What the policy is compared with: `base` (adapters disabled), `initial` (a frozen copy of the policy's "
+            "start), `none`, or the path or id of an adapter or a model. `auto`: the policy's start, whatever it is.",
         ),
+    )
+    reference_in_4bit: bool = field(
+        default=True, metadata=_help("Load a model that `reference` names in 4 bit (NF4); False: in 16 bit.")
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata=_help("Compute the reference's log-probabilities once, before training, and keep them on disk."),
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata=_help("Groups in a batch of that. None: `per_device_eval_batch_size`.")
+    )
+    reference_cache: str | None = field(
+        default=None, metadata=_help("File to keep them in. None: qlora_dpo/reference_logps.sqlite in HF_HOME.")
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata=_help("Let the reference follow the policy by exponential average (TR-DPO).")
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata=_help("Share of the policy in each update of the reference, in (0, 1].")
+    )
+    ref_model_sync_steps: int = field(default=512, metadata=_help("Steps between updates of the reference."))
+    ref_model_max_rank: int = field(
+        default=128, metadata=_help("Rank above which the reference's averaged weight change is compressed.")
     )
 
     max_length: int | None = field(
@@ -120,6 +189,13 @@ class QLoRADPOConfig(TrainingArguments):
             "no padding) if it proves equal to one row per completion on this model, else `padded`."
         ),
     )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata=_help(
+            "Most tokens of one forward and backward; a batch beyond it is cut into pieces with the same gradient. "
+            "None: no limit."
+        ),
+    )
     logps_chunk_size: int | None = field(
         default=None, metadata=_help("Positions whose logits exist at a time. None: as many as fill 64 MiB in fp32.")
     )
@@ -137,22 +213,7 @@ class QLoRADPOConfig(TrainingArguments):
 
     truncation_mode: str = field(default="keep_start", metadata=_help("Only `keep_start`: cut at the end."))
     pad_to_multiple_of: int | str | None = field(default="auto", metadata=_help("Not built yet: only None or `auto`."))
-    precompute_ref_log_probs: bool = field(default=False, metadata=_help("Not built yet."))
-    precompute_ref_batch_size: int | None = field(default=None, metadata=_help("Not built yet."))
-    loss_weights: list[float] | None = field(default=None, metadata=_help("Not built yet: one loss at a time."))
-    ld_alpha: float | None = field(default=None, metadata=_help("Not built yet (LD-DPO)."))
-    f_divergence_type: str = field(default="reverse_kl", metadata=_help("Not built yet: only `reverse_kl`."))
-    use_weighting: bool = field(default=False, metadata=_help("Not built yet (WPO)."))
-    sync_ref_model: bool = field(default=False, metadata=_help("Not built yet (TR-DPO)."))
     activation_offloading: bool = field(default=False, metadata=_help("Not built yet."))
-    router_aux_loss_coef: float | None = field(
-        default=None, metadata=_help("Not built yet: a mixture-of-experts model trains without its auxiliary loss.")
-    )
-
-    f_alpha_divergence_coef: float = field(default=0.5, metadata=_help("Not built yet."))
-    discopop_tau: float = field(default=0.05, metadata=_help("Not built yet."))
-    ref_model_mixup_alpha: float = field(default=0.6, metadata=_help("Not built yet (TR-DPO)."))
-    ref_model_sync_steps: int = field(default=512, metadata=_help("Not built yet (TR-DPO)."))
     pad_token: str | None = field(default=None, metadata=_help("Set `tokenizer.pad_token` instead."))
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -181,27 +242,39 @@ class QLoRADPOConfig(TrainingArguments):
         for name, neutral in _NOT_BUILT.items():
             if getattr(self, name, neutral[0]) not in neutral:
                 raise NotImplementedError(f"`{name}` must be {neutral[0]!r} for now, got {getattr(self, name)!r}.")
-        if len(self.loss_type) != 1:
-            raise NotImplementedError(f"`loss_type` must be one loss for now, got {self.loss_type}.")
-        self._check_choice("loss_type", self.loss_type[0], tuple(LOSSES))
         self._check_choice("batch_layout", self.batch_layout, BATCH_LAYOUTS)
-        self._check_choice("reference", self.reference, REFERENCES)
         self._check_choice("pair_strategy", self.pair_strategy, tuple(PAIR_STRATEGIES))
         if self.padding_free and self.batch_layout == "padded":
             raise ValueError("`padding_free` must be False with batch_layout='padded', got True. Drop one of them.")
-        if not self.beta > 0:
-            raise ValueError(f"`beta` must be above 0, got {self.beta}. 0.1 is usual.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}. Use 0 for plain DPO.")
-        if self.label_smoothing and "label_smoothing" not in loss_parameters(self.loss_type[0]):
-            raise ValueError(
-                f"`label_smoothing` must be 0 for loss_type='{self.loss_type[0]}', which does not use it, got "
-                f"{self.label_smoothing}. Use loss_type='sigmoid'."
-            )
-        for name in ("max_length", "max_prompt_length", "logps_chunk_size"):
+        check_reference(self.objective, self.reference)
+        self._check_moving_reference()
+        for name in ("max_length", "max_prompt_length", "logps_chunk_size", "max_tokens_per_forward", *_COUNTS):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, or None, got {value}.")
+
+    def _check_moving_reference(self) -> None:
+        """Refuse what cannot go with a reference that moves, and its options without one."""
+        fields = self.__dataclass_fields__
+        if not self.precompute_ref_log_probs:
+            for name in ("precompute_ref_batch_size", "reference_cache"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` must be None without precompute_ref_log_probs=True, which uses it.")
+        if not self.sync_ref_model:
+            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_max_rank"):
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(
+                        f"`{name}` must be {fields[name].default} without sync_ref_model=True, which uses it, got "
+                        f"{getattr(self, name)}. Set `sync_ref_model`."
+                    )
+            return
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(
+                f"`ref_model_mixup_alpha` must be in (0, 1], got {self.ref_model_mixup_alpha}. 0.6 is usual."
+            )
+        if self.precompute_ref_log_probs:
+            raise ValueError("`precompute_ref_log_probs` must be False with `sync_ref_model`: the reference moves.")
+        self._check_choice("reference with sync_ref_model", self.reference, ("auto", "base", "initial"))
 
     def _check_secrets(self) -> None:
         """Refuse what would upload a token: Trainer writes its arguments beside a checkpoint that it pushes."""
@@ -221,6 +294,8 @@ class QLoRADPOConfig(TrainingArguments):
         return TokenLimits(self.max_length, self.max_prompt_length)
 
     @property
-    def loss_hyperparameters(self) -> dict[str, Any]:
-        """What the chosen loss is called with, by name."""
-        return {name: getattr(self, name) for name in loss_parameters(self.loss_type[0])}
+    def objective(self) -> Objective:
+        """What a step minimises, checked."""
+        values = {name: getattr(self, name) for name in RANGES if hasattr(self, name)}
+        modifiers = {name: getattr(self, name) for name in _MODIFIERS}
+        return make_objective(self.loss_type, self.loss_weights, values, **modifiers)

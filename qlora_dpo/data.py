@@ -16,9 +16,9 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.preferences import FORMS, USED_COLUMNS, Preference, decoded, parse_row, without_nulls
+from qlora_dpo.preferences import FORMS, PAIR_VALUES, USED_COLUMNS, Preference, decoded, parse_row, without_nulls
 
-DATA_VERSION = 1
+DATA_VERSION = 2
 """Part of the cache key of tokenised data: raise it when the same row gives other tokens."""
 
 GROUP_COLUMNS = ["prompt_ids", "completion_ids", "pairs", "row"]
@@ -33,12 +33,16 @@ _FEATURES = Features(
         "dropped": Value("string"),
     }
 )
+_VALUES = {name: List(Value("float64")) for name in (*PAIR_VALUES, "ref_logps")}
+VALUE_COLUMNS = list(_VALUES)
+"""Columns of a tokenised data set that are there if its rows have them."""
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 KEPT = ""
 EMPTY_PROMPT = "no token is left of the prompt, so nothing predicts the first token of a completion"
 LONG_PROMPT = "the prompt alone has max_length tokens or more"
 NO_COMMON_START = "no prompt is given, and chosen and rejected do not begin with the same message or token"
+CUT_REFERENCE = "its reference log-probabilities are given for whole completions, and it was cut to the token limits"
 NO_PAIRS = "no pair of different completions is left (equal texts, scores or truncated tokens)"
 
 
@@ -136,15 +140,19 @@ def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference, row: Map
 
 def _distinct(
     completion_ids: Sequence[list[int]], pairs: Sequence[tuple[int, int]]
-) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Completions that take part in a pair, each once, and the pairs between different ones."""
-    kept: dict[tuple[int, ...], int] = {}
-    distinct_pairs = []
-    for w, l in pairs:
-        chosen, rejected = tuple(completion_ids[w]), tuple(completion_ids[l])
-        if chosen and rejected and chosen != rejected:
-            distinct_pairs.append((kept.setdefault(chosen, len(kept)), kept.setdefault(rejected, len(kept))))
-    return [list(ids) for ids in kept], distinct_pairs
+) -> tuple[list[int], dict[int, tuple[int, int]]]:
+    """Which completions take part in a pair, equal ones once, and by number the pairs between different ones."""
+    place: dict[tuple[int, ...], int] = {}
+    kept: list[int] = []
+    distinct_pairs = {}
+    for number, pair in enumerate(pairs):
+        sides = [tuple(completion_ids[i]) for i in pair]
+        if all(sides) and sides[0] != sides[1]:
+            for i, ids in zip(pair, sides, strict=True):
+                if place.setdefault(ids, len(kept)) == len(kept):
+                    kept.append(i)
+            distinct_pairs[number] = (place[sides[0]], place[sides[1]])
+    return kept, distinct_pairs
 
 
 def tokenize_row(
@@ -154,6 +162,7 @@ def tokenize_row(
     limits: TokenLimits,
     pair_strategy: str = "all",
     data_version: int = DATA_VERSION,
+    values: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One row as a tokenised group.
 
@@ -167,34 +176,47 @@ def tokenize_row(
         limits: Token limits.
         pair_strategy: How scores or ranks become pairs.
         data_version: `DATA_VERSION`, so that it takes part in the cache key.
+        values: Names in `VALUE_COLUMNS` to return too.
 
     Returns:
-        `prompt_ids`, `completion_ids`, `pairs`, `row`; `dropped`: the reason, or "" if the group is kept; and for the
-        report `truncated`, `boundary_moved`.
+        `prompt_ids`, `completion_ids`, `pairs`, `row`; `dropped`: the reason, or "" if the group is kept; for the
+        report `truncated`, `boundary_moved`; and `values`: a number for each pair, `ref_logps` for each completion.
     """
-    group: dict[str, Any] = {"row": index, "boundary_moved": False}
     try:
-        preference = parse_row(row, pair_strategy)
-        if preference.prompt == []:
-            return group | _dropped(NO_COMMON_START)
-        prompt_ids, *wholes = (_render if preference.conversational else _encode)(tokenizer, preference, row)
+        return {"row": index} | _tokenized(row, tokenizer, limits, pair_strategy, values)
     except (ValueError, TypeError, TemplateError) as error:
         raise ValueError(f"Row {index} of the data set: {error}") from error
+
+
+def _tokenized(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: TokenLimits,
+    pair_strategy: str,
+    values: Sequence[str],
+) -> dict[str, Any]:
+    """What `tokenize_row` returns, but for the row's number."""
+    group: dict[str, Any] = {"boundary_moved": False}
+    preference = parse_row(row, pair_strategy)
+    if preference.prompt == []:
+        return group | _dropped(NO_COMMON_START, values)
+    prompt_ids, *wholes = (_render if preference.conversational else _encode)(tokenizer, preference, row)
     implied = preference.prompt is None
     boundary = _common_prefix(wholes[0] if implied else prompt_ids, wholes)
     if implied and set(wholes[0][:boundary]) <= {tokenizer.bos_token_id}:
-        return group | _dropped(NO_COMMON_START)
+        return group | _dropped(NO_COMMON_START, values)
     group["boundary_moved"] = not implied and boundary < len(prompt_ids)
-    return group | _cut(wholes, boundary, preference.pairs, limits)
+    return group | _cut(wholes, boundary, preference, limits, values)
 
 
-def _dropped(reason: str) -> dict[str, Any]:
+def _dropped(reason: str, values: Sequence[str] = ()) -> dict[str, Any]:
     """A group of which nothing is left."""
-    return {"prompt_ids": [], "completion_ids": [], "pairs": [], "truncated": False, "dropped": reason}
+    empty: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "pairs": [], "truncated": False}
+    return empty | {name: [] for name in values} | {"dropped": reason}
 
 
 def _cut(
-    wholes: Sequence[list[int]], boundary: int, pairs: Sequence[tuple[int, int]], limits: TokenLimits
+    wholes: Sequence[list[int]], boundary: int, preference: Preference, limits: TokenLimits, values: Sequence[str]
 ) -> dict[str, Any]:
     """Cut whole sequences at the boundary and to the limits, and say what is left."""
     prompt_ids = wholes[0][:boundary]
@@ -209,16 +231,35 @@ def _cut(
             dropped = LONG_PROMPT
         truncated |= any(len(ids) > room for ids in completion_ids)
         completion_ids = [ids[: max(room, 0)] for ids in completion_ids]
-    distinct, kept_pairs = _distinct(completion_ids, pairs)
+    kept, kept_pairs = _distinct(completion_ids, preference.pairs)
     if not dropped and not kept_pairs:
         dropped = NO_PAIRS
+    if not dropped and truncated and "ref_logps" in values:
+        dropped = CUT_REFERENCE
     return {
         "prompt_ids": prompt_ids,
-        "completion_ids": distinct,
-        "pairs": [list(pair) for pair in kept_pairs],
+        "completion_ids": [completion_ids[i] for i in kept],
+        "pairs": [list(pair) for pair in kept_pairs.values()],
         "truncated": truncated,
         "dropped": dropped,
+        **_values(preference, kept, list(kept_pairs), values),
     }
+
+
+def _values(
+    preference: Preference, kept: Sequence[int], kept_pairs: Sequence[int], values: Sequence[str]
+) -> dict[str, list[float]]:
+    """The numbers of the completions and pairs that are kept."""
+    found = {}
+    for name in values:
+        if name == "ref_logps":
+            if preference.ref_logps is None:
+                raise ValueError("`ref_logps` must be given in every row or in none, got a row without. Correct it.")
+            found[name] = [preference.ref_logps[i] for i in kept]
+        else:
+            given = preference.pair_values.get(name)
+            found[name] = [PAIR_VALUES[name][2] if given is None else given[number] for number in kept_pairs]
+    return found
 
 
 @dataclass(frozen=True)
@@ -347,10 +388,18 @@ def prepare_dataset(
     if set(GROUP_COLUMNS) <= set(columns):
         return _numbered(dataset), None
     dataset = dataset.with_format(None)
-    options = {"tokenizer": tokenizer, "limits": limits, "pair_strategy": pair_strategy, "data_version": DATA_VERSION}
+    values = value_columns(columns)
+    options = {
+        "tokenizer": tokenizer,
+        "limits": limits,
+        "pair_strategy": pair_strategy,
+        "data_version": DATA_VERSION,
+        "values": values,
+    }
+    features = Features({**_FEATURES, **{name: _VALUES[name] for name in values}})
     if isinstance(dataset, IterableDataset):
         stream = dataset.map(
-            tokenize_row, with_indices=True, fn_kwargs=options, remove_columns=columns, features=_FEATURES
+            tokenize_row, with_indices=True, fn_kwargs=options, remove_columns=columns, features=features
         )
         return stream.filter(lambda row: not row["dropped"]), None
     if len(dataset) == 0:
@@ -362,7 +411,7 @@ def prepare_dataset(
         with_indices=True,
         fn_kwargs=options,
         remove_columns=columns,
-        features=_FEATURES,
+        features=features,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
@@ -370,7 +419,7 @@ def prepare_dataset(
     if not keep:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in Counter(mapped["dropped"]).items())
         raise ValueError(f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}).")
-    kept = mapped.select(keep).select_columns(GROUP_COLUMNS)
+    kept = mapped.select(keep).select_columns([*GROUP_COLUMNS, *values])
     return kept, _report(name, mapped, kept, columns, tokenizer, batch_size)
 
 
@@ -379,6 +428,12 @@ def _numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     if isinstance(dataset, IterableDataset) or len(set(dataset["row"])) == len(dataset):
         return dataset
     return dataset.remove_columns("row").add_column("row", list(range(len(dataset))))
+
+
+def value_columns(columns: Sequence[str]) -> list[str]:
+    """The columns with numbers for pairs and completions among those of a data set, as `VALUE_COLUMNS` names them."""
+    given = {"ref_logps"} if {"ref_chosen_logps", "ref_rejected_logps"} <= set(columns) else set()
+    return [name for name in VALUE_COLUMNS if name in {*columns, *given}]
 
 
 def _recognised(columns: Sequence[str]) -> bool:

@@ -23,7 +23,7 @@ class PairRecords:
         self._seen: Counter[tuple[int, int]] = Counter()
 
     def add(self, table: Tensor, rows: list[int], pair_ids: list[int]) -> None:
-        """Keep a `(T, len(COLUMNS))` table of pairs with their data-set rows and numbers."""
+        """Keep a table of pairs (`COLUMNS`, perhaps `SIDES` behind them) with their data-set rows and numbers."""
         self._tables.append(table)
         for pair in zip(rows, pair_ids, strict=True):
             self._keys.append((*pair, self._seen[pair]))
@@ -55,11 +55,15 @@ class GatheredPairs:
         """`(T,)` values of a column of the pair table, fp64."""
         return self._table[:, COLUMNS.index(name)]
 
+    def sides(self) -> np.ndarray:
+        """`(T, len(SIDES))`, if they were kept."""
+        return self._table[:, len(COLUMNS) :]
+
     def rows(self) -> np.ndarray:
         """`(T,)` data-set row of each pair."""
         return np.array([row for row, *_ in self._keys])
 
     def metrics(self) -> dict[str, float]:
         """Log keys over all pairs."""
-        sums = dict(zip(COLUMNS, self._table.sum(0).tolist(), strict=True))
+        sums = dict(zip(COLUMNS, self._table[:, : len(COLUMNS)].sum(0).tolist(), strict=True))
         return summarize(sums, len(self._table))

@@ -9,8 +9,9 @@ Shapes as in `layouts`: B completions, N scored tokens, R rows of L positions.
 
 import contextlib
 import functools
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_dpo.attention import BACKEND, attention_backend, recompute_with_same_attention
-from qlora_dpo.logps import STATISTICS, LogitRule, sum_by_completion, token_scores
+from qlora_dpo.logps import LogitRule, sum_by_completion, token_scores
+
+ROUTER_LOSS = "router_aux_loss"
+"""A statistic of the whole forward: the load-balancing loss of a mixture of experts, with gradient."""
 
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids")
 
@@ -27,7 +31,7 @@ def install_scoring(model: PreTrainedModel) -> None:
     """Let a causal LM's forward take `score=`, and then return log-probabilities instead of logits. Idempotent.
 
     With `score`, a dict of `predictors`, `targets`, `chunk_size` and `statistics`, and with `segments` for rows that
-    hold many sequences, the forward returns a dict of `(N,)` tensors (`token_logps` and perhaps `STATISTICS`).
+    hold many sequences, the forward returns a dict of `(N,)` tensors: `token_logps` and the statistics asked for.
     """
     if hasattr(model.forward, "scores"):
         return
@@ -42,41 +46,64 @@ def install_scoring(model: PreTrainedModel) -> None:
         named = {key: value for key, value in kwargs.items() if value is not None}
         with attention_backend(config, BACKEND if "segments" in named else config._attn_implementation):
             recompute_with_same_attention(self, config)
-            hidden = self.base_model(*args, use_cache=False, **named).last_hidden_state
-        rows = hidden.flatten(0, 1)[score["predictors"]]
+            router = {"output_router_logits": True} if ROUTER_LOSS in score["statistics"] else {}
+            outputs = self.base_model(*args, use_cache=False, **named, **router)
+        rows = outputs.last_hidden_state.flatten(0, 1)[score["predictors"]]
+        statistics = [name for name in score["statistics"] if name != ROUTER_LOSS]
         head = self.get_output_embeddings()
-        return token_scores(rows, head, score["targets"], rule, score["chunk_size"], score["statistics"])
+        found = token_scores(rows, head, score["targets"], rule, score["chunk_size"], statistics)
+        return found | {ROUTER_LOSS: _router_loss(self, outputs, kwargs)} if router else found
 
     forward.scores = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
+def _router_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Tensor:
+    """`(1,)` load-balancing loss of a mixture of experts, over the tokens of the forward, by the model's own function.
+
+    Raises:
+        NotImplementedError: If the model's code has none.
+    """
+    balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    sizes = [getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok")]
+    if balance is None or None in sizes or outputs.router_logits is None:
+        raise NotImplementedError(
+            f"`router_aux_loss_coef` must be 0 for {type(model).__name__}, whose load-balancing loss is not known here."
+        )
+    return balance(outputs.router_logits, *sizes, kwargs.get("attention_mask")).reshape(1)
+
+
 def score_batch(
-    model: nn.Module, batch: dict[str, Any], statistics: bool = False, chunk_size: int | None = None
+    model: nn.Module, batch: dict[str, Any], statistics: Sequence[str] = (), chunk_size: int | None = None
 ) -> dict[str, Tensor]:
-    """Log-probabilities of the completions of a batch, whatever its layout.
+    """Log-probabilities of the completions of a batch, whatever its layout and however many parts it has.
 
     Args:
         model: A causal LM prepared by `install_scoring`, bare or wrapped (PEFT, DDP).
         batch: What `layouts.make_batch` returns, on the model's device.
-        statistics: Whether to return sums of `logps.STATISTICS` too.
+        statistics: Which statistics to return too, by name as in `logps.tile_statistics`.
         chunk_size: Positions in a tile of logits; None for 64 MiB of them.
 
     Returns:
-        `logps` `(B,)` summed over each completion, in nats; `token_logps` `(N,)`; with `statistics`, `(B,)` sums over
-        each completion's tokens of `entropy` (nats), `mean_logits` and `is_top1`, without gradient.
+        `logps` `(B,)` summed over each completion, in nats; `token_logps` `(N,)`; and `(N,)` per statistic, without
+        gradient. `ROUTER_LOSS` is one number for each part.
     """
-    kwargs = {key: batch[key] for key in _FORWARD_KEYS}
-    if batch["segments"] is None:  # right-padded rows: the model's own positions are the truth to compare with
+    parts = [_score_part(model, part, statistics, chunk_size) for part in batch.get("parts", [batch])]
+    tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {"logps": sum_by_completion(tokens["token_logps"], batch["lengths"]), **tokens}
+
+
+def _score_part(
+    model: nn.Module, part: dict[str, Any], statistics: Sequence[str], chunk_size: int | None
+) -> dict[str, Tensor]:
+    """`(N,)` token scores of one forward."""
+    kwargs = {key: part[key] for key in _FORWARD_KEYS}
+    if part["segments"] is None:  # right-padded rows: the model's own positions are the truth to compare with
         del kwargs["position_ids"]
     else:
-        kwargs["segments"] = batch["segments"]
-    request = {"predictors": batch["predictors"], "targets": batch["targets"], "chunk_size": chunk_size}
-    tokens = model(**kwargs, score={**request, "statistics": statistics})
-    lengths = batch["lengths"]
-    sums = {name: sum_by_completion(tokens[name], lengths) for name in STATISTICS if name in tokens}
-    logps = sum_by_completion(tokens["token_logps"], lengths)
-    return {"logps": logps, "token_logps": tokens["token_logps"], **sums}
+        kwargs["segments"] = part["segments"]
+    request = {"predictors": part["predictors"], "targets": part["targets"], "chunk_size": chunk_size}
+    return model(**kwargs, score={**request, "statistics": tuple(statistics)})
 
 
 @contextlib.contextmanager
@@ -121,4 +148,5 @@ def disable_dropout(model: nn.Module) -> None:
 
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
     """The batch with its tensors on a device."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return moved | {"parts": [to_device(part, device) for part in batch["parts"]]} if "parts" in batch else moved

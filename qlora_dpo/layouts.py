@@ -10,13 +10,19 @@ groups; what follows from a batch never depends on the layout:
 Legend: B completions, T pairs, N scored tokens (all completions' tokens), R rows of L positions.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from qlora_dpo.cache import completion_key
+
 LAYOUTS = ("tree", "packed", "padded")
+
+GROUP_VALUES = ("weights", "label_probs", "offsets", "ref_logps")
+"""Numbers that a group may have for each of its pairs or completions."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,20 @@ class Group:
         completion_ids: K >= 2 completions of at least one token each.
         pairs: `(chosen, rejected)` indices into the completions.
         row: Index of the data-set row it came from.
+        weights: Factor of each pair's loss; None for 1.
+        label_probs: Probability of each pair's label; None for 1.
+        offsets: Margin that each pair's rewards should have; None without.
+        ref_logps: Given reference log-probability of each completion, in nats; None without.
     """
 
     prompt_ids: Sequence[int]
     completion_ids: Sequence[Sequence[int]]
     pairs: Sequence[tuple[int, int]]
     row: int = 0
+    weights: Sequence[float] | None = None
+    label_probs: Sequence[float] | None = None
+    offsets: Sequence[float] | None = None
+    ref_logps: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +126,12 @@ def _packed(groups: Sequence[Group]) -> _Rows:
 
 
 def _padded(groups: Sequence[Group]) -> _Rows:
+    """One row per completion, its last token too: what a plain trainer computes, down to a router's statistics."""
     rows = _Rows()
     sequences = [(group.prompt_ids, ids) for group in groups for ids in group.completion_ids]
     for row, (prompt_ids, ids) in enumerate(sequences):
         rows.add(prompt_ids, 0, row)
-        start = rows.add(ids[:-1], len(prompt_ids), row)
+        start = rows.add(ids, len(prompt_ids), row)
         _predict(rows, row, start, start, len(ids))
     return rows
 
@@ -124,13 +139,34 @@ def _padded(groups: Sequence[Group]) -> _Rows:
 _PLACE: dict[str, Callable[[Sequence[Group]], _Rows]] = {"tree": _tree, "packed": _packed, "padded": _padded}
 
 
-def make_batch(groups: Sequence[Group], layout: str, pad_token_id: int = 0) -> dict[str, Any]:
+def _placed(groups: Sequence[Group], layout: str, pad_token_id: int) -> dict[str, Any]:
+    """The tokens of groups in rows, and what predicts which."""
+    rows = _PLACE[layout](groups)
+    width = max(len(ids) for ids in rows.input_ids)
+    padded = layout == "padded"
+    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in rows.input_ids]
+    return {
+        "input_ids": torch.tensor([ids + [pad_token_id] * (width - len(ids)) for ids in rows.input_ids]),
+        "position_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids in rows.position_ids]),
+        "attention_mask": torch.tensor(mask) if padded else None,
+        "segments": None if padded else rows.segments,
+        "predictors": torch.tensor([row * width + position for row, position in rows.predictors]),
+        "targets": torch.tensor([t for group in groups for ids in group.completion_ids for t in ids]),
+        "lengths": [len(ids) for group in groups for ids in group.completion_ids],
+        "num_unique_tokens": sum(len(ids) for ids in rows.input_ids),
+    }
+
+
+def make_batch(
+    groups: Sequence[Group], layout: str, pad_token_id: int = 0, max_tokens: int | None = None
+) -> dict[str, Any]:
     """Place groups in rows.
 
     Args:
         groups: The groups of the batch.
         layout: One of `LAYOUTS`.
         pad_token_id: Token that fills the end of `padded` rows.
+        max_tokens: Most positions of one forward; a batch beyond it is placed in `parts`, cut between completions.
 
     Returns:
         A dict of
@@ -142,30 +178,75 @@ def make_batch(groups: Sequence[Group], layout: str, pad_token_id: int = 0) -> d
         `group` `(B,)`: group of each completion;
         `yw_idxs`, `yl_idxs` `(T,)`: the pairs, as indices into the B completions;
         `rows`, `pair_ids`: T host integers each, data-set row and number within the row of each pair;
+        `weights`, `label_probs`, `offsets`: T host numbers, `ref_logps` B of them, where the groups have them;
+        `keys`: B host strings that tell prompt + completion from any other;
         `num_tokens`: both sides of every pair with their prompt, a host integer, as TRL counts;
         `num_unique_tokens`: tokens placed in the rows, without padding, a host integer.
+        With `parts`, those are dicts of the first six and the rows are in them only.
     """
-    rows = _PLACE[layout](groups)
-    width = max(len(ids) for ids in rows.input_ids)
-    batch: dict[str, Any] = {
-        "input_ids": torch.tensor([ids + [pad_token_id] * (width - len(ids)) for ids in rows.input_ids]),
-        "position_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids in rows.position_ids]),
-        "attention_mask": None,
-        "segments": rows.segments or None,
-        "predictors": torch.tensor([row * width + position for row, position in rows.predictors]),
-        "targets": torch.tensor([t for group in groups for ids in group.completion_ids for t in ids]),
-        "lengths": [len(ids) for group in groups for ids in group.completion_ids],
-        "group": torch.tensor([g for g, group in enumerate(groups) for _ in group.completion_ids]),
-        "num_unique_tokens": sum(len(ids) for ids in rows.input_ids),
-        **_pairs(groups),
-    }
+    parts = [groups] if max_tokens is None else _cut(groups, layout, max_tokens)
+    placed = [_placed(part, layout, pad_token_id) for part in parts]
+    whole = (
+        placed[0]
+        if len(placed) == 1
+        else {
+            "parts": placed,
+            "lengths": [length for part in placed for length in part["lengths"]],
+            "num_unique_tokens": sum(part["num_unique_tokens"] for part in placed),
+        }
+    )
+    return {**whole, **_pairs(groups)}
+
+
+def positions(groups: Sequence[Group], layout: str) -> int:
+    """Positions of the rows that groups take in a layout, padding included."""
+    prompts = [len(group.prompt_ids) for group in groups for _ in group.completion_ids]
+    lengths = [len(ids) for group in groups for ids in group.completion_ids]
     if layout == "padded":
-        batch["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows.input_ids])
-    return batch
+        return len(lengths) * max(p + c for p, c in zip(prompts, lengths, strict=True))
+    shared = sum(prompts) if layout == "packed" else sum(len(group.prompt_ids) for group in groups)
+    return shared + sum(lengths) - len(lengths)
+
+
+def _fill(items: Sequence[Any], fits: Callable[[Sequence[Any]], bool]) -> list[list[Any]]:
+    """Items in order, as few runs as fit; an item that does not fit by itself is a run."""
+    runs: list[list[Any]] = []
+    for item in items:
+        if runs and fits([*runs[-1], item]):
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return runs
+
+
+def _cut(groups: Sequence[Group], layout: str, max_tokens: int) -> list[list[Group]]:
+    """Groups cut between completions, in runs of at most `max_tokens` positions where one completion fits."""
+    single = [replace(group, completion_ids=[ids], pairs=[]) for group in groups for ids in group.completion_ids]
+    runs = _fill(single, lambda run: positions(_merged(run), layout) <= max_tokens)
+    for run in runs:
+        taken = positions(run, layout)
+        if len(run) == 1 and taken > max_tokens:
+            warnings.warn(
+                f"A prompt with one completion has {taken} tokens (row {run[0].row} of the data), more than "
+                f"`max_tokens_per_forward` ({max_tokens}); it is computed alone. Lower `max_length` to keep within it.",
+                stacklevel=2,
+            )
+    return [_merged(run) for run in runs]
+
+
+def _merged(singles: Sequence[Group]) -> list[Group]:
+    """Neighbouring completions of one row under one prompt again."""
+    merged: list[Group] = []
+    for single in singles:
+        if merged and merged[-1].prompt_ids is single.prompt_ids:
+            merged[-1] = replace(merged[-1], completion_ids=[*merged[-1].completion_ids, *single.completion_ids])
+        else:
+            merged.append(single)
+    return merged
 
 
 def _pairs(groups: Sequence[Group]) -> dict[str, Any]:
-    """The pairs of the groups as indices into the completions of the batch."""
+    """The pairs of the groups as indices into the completions of the batch, and the numbers given for them."""
     chosen, rejected, row_ids, pair_ids = [], [], [], []
     first = num_tokens = 0
     for group in groups:
@@ -176,9 +257,17 @@ def _pairs(groups: Sequence[Group]) -> dict[str, Any]:
             row_ids.append(group.row)
             pair_ids.append(number)
         first += len(group.completion_ids)
+    values: dict[str, Any] = {}
+    for name in GROUP_VALUES:
+        given = [getattr(group, name) for group in groups]
+        if None not in given:
+            values[name] = [number for numbers in given for number in numbers]
     return {
-        "yw_idxs": torch.tensor(chosen),
-        "yl_idxs": torch.tensor(rejected),
+        **values,
+        "keys": [completion_key(group.prompt_ids, ids) for group in groups for ids in group.completion_ids],
+        "group": torch.tensor([g for g, group in enumerate(groups) for _ in group.completion_ids]),
+        "yw_idxs": torch.tensor(chosen, dtype=torch.long),
+        "yl_idxs": torch.tensor(rejected, dtype=torch.long),
         "rows": row_ids,
         "pair_ids": pair_ids,
         "num_tokens": num_tokens,
@@ -187,22 +276,29 @@ def _pairs(groups: Sequence[Group]) -> dict[str, Any]:
 
 @dataclass
 class GroupCollator:
-    """Turns tokenised rows into a batch; the `data_collator` of the trainer.
+    """Turns tokenised rows into a micro-batch; the `data_collator` of the trainer.
 
     Attributes:
         pad_token_id: Token that fills the end of `padded` rows.
         layout: One of `LAYOUTS`; the trainer sets it once the layout is proven.
+        max_tokens: Most positions of one forward; None for no limit.
     """
 
     pad_token_id: int
     layout: str = "padded"
+    max_tokens: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The batch of some tokenised rows."""
-        return make_batch([group_of(row) for row in rows], self.layout, self.pad_token_id)
+        """`pieces`: the batches of some tokenised rows, whole groups within `max_tokens` where a group fits."""
+        runs = [[group_of(row) for row in rows]]
+        limit = self.max_tokens
+        if limit is not None:
+            runs = _fill(runs[0], lambda run: positions(run, self.layout) <= limit)
+        return {"pieces": [make_batch(run, self.layout, self.pad_token_id, limit) for run in runs]}
 
 
 def group_of(row: dict[str, Any]) -> Group:
-    """The group of a tokenised data-set row (columns `prompt_ids`, `completion_ids`, `pairs`, `row`)."""
+    """The group of a tokenised data-set row (columns `prompt_ids`, `completion_ids`, `pairs`, `row`, values)."""
     pairs = [(int(w), int(l)) for w, l in row["pairs"]]
-    return Group(row["prompt_ids"], row["completion_ids"], pairs, row.get("row", 0))
+    values = {name: row[name] for name in GROUP_VALUES if row.get(name) is not None}
+    return Group(row["prompt_ids"], row["completion_ids"], pairs, row.get("row", 0), **values)

@@ -8,7 +8,7 @@ backward pass, so it carries any head (LoRA on the head, 4-bit, trainable); `fro
 frozen linear head and needs two matrix products instead of three.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ TILE_ELEMENTS = 2**24
 """Logits in a tile when no chunk size is asked for: 64 MiB in fp32."""
 
 STATISTICS = ("entropy", "mean_logits", "is_top1")
-"""Per-token statistics read off the tiles beside the log-probability."""
+"""Per-token statistics that are logged, read off the tiles beside the log-probability."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,23 @@ def tile_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor
     return logps[:, 0], weights.div_(total), normaliser[:, 0]
 
 
-def tile_statistics(logits: Tensor, probabilities: Tensor, normaliser: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """`STATISTICS` of one tile, each `(n,)`: entropy in nats, mean logit over the vocabulary, 1 if top token."""
-    expected = torch.bmm(probabilities[:, None], logits[:, :, None])[:, 0, 0]
-    return {
-        "entropy": normaliser - expected,
-        "mean_logits": logits.mean(-1),
-        "is_top1": (logits.argmax(-1) == targets).to(logits.dtype),
-    }
+_STATISTIC: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "entropy": lambda logits, p, normaliser, _: normaliser - torch.bmm(p[:, None], logits[:, :, None])[:, 0, 0],
+    "mean_logits": lambda logits, *_: logits.mean(-1),
+    "is_top1": lambda logits, _p, _n, targets: (logits.argmax(-1) == targets).to(logits.dtype),
+    "log_sum_sq_probs": lambda _, p, *__: torch.log(torch.bmm(p[:, None], p[:, :, None])[:, 0, 0]),
+}
+
+
+def tile_statistics(
+    names: Sequence[str], logits: Tensor, probabilities: Tensor, normaliser: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """Statistics of one tile, each `(n,)`.
+
+    `entropy` in nats, `mean_logits` over the vocabulary, `is_top1` 1 if the target is the top token, and
+    `log_sum_sq_probs` the log of the sum of squared probabilities.
+    """
+    return {name: _STATISTIC[name](logits, probabilities, normaliser, targets) for name in names}
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -112,7 +121,7 @@ class _FrozenHead(torch.autograd.Function):
         targets: Tensor,
         rule: LogitRule,
         chunk: int,
-        statistics: bool,
+        statistics: Sequence[str],
     ) -> tuple[Tensor, ...]:
         unit_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         pieces: list[tuple[Tensor, ...]] = []
@@ -121,7 +130,7 @@ class _FrozenHead(torch.autograd.Function):
             raw = nn.functional.linear(hidden[tile], weight, bias)
             logits = rule.apply(widen(raw))
             logps, probabilities, normaliser = tile_scores(logits, targets[tile])
-            stats = tile_statistics(logits, probabilities, normaliser, targets[tile]) if statistics else {}
+            stats = tile_statistics(statistics, logits, probabilities, normaliser, targets[tile])
             pieces.append((logps, *stats.values()))
             if unit_gradient is not None:
                 slope = probabilities.neg_()
@@ -147,9 +156,9 @@ def frozen_head_token_scores(
     targets: Tensor,
     rule: LogitRule,
     chunk_size: int | None = None,
-    statistics: bool = False,
+    statistics: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """`token_logps` and, when asked, `STATISTICS` through a plain frozen linear head.
+    """`token_logps` and, when asked, statistics through a plain frozen linear head.
 
     Args:
         hidden: `(N, H)` hidden states at the scored positions.
@@ -157,7 +166,7 @@ def frozen_head_token_scores(
         targets: `(N,)` token ids.
         rule: Scale and soft-cap of the model.
         chunk_size: Positions in a tile; None for `TILE_ELEMENTS`.
-        statistics: Whether to compute `STATISTICS` too.
+        statistics: Which statistics to compute too, by name as in `tile_statistics`.
 
     Returns:
         `token_logps` `(N,)` in nats, differentiable in `hidden`, and `(N,)` per statistic without gradient; at least
@@ -165,7 +174,7 @@ def frozen_head_token_scores(
     """
     chunk = chunk_length(head.out_features, chunk_size)
     outputs = _FrozenHead.apply(hidden, head.weight, head.bias, targets, rule, chunk, statistics)
-    return dict(zip(("token_logps", *STATISTICS), outputs, strict=False))
+    return dict(zip(("token_logps", *statistics), outputs, strict=True))
 
 
 def any_head_token_scores(
@@ -174,7 +183,7 @@ def any_head_token_scores(
     targets: Tensor,
     rule: LogitRule,
     chunk_size: int | None = None,
-    statistics: bool = False,
+    statistics: Sequence[str] = (),
     vocabulary: int = 2**17,
 ) -> dict[str, Tensor]:
     """The same as `frozen_head_token_scores` for any head module, by recomputing each tile in the backward pass."""
@@ -185,7 +194,7 @@ def any_head_token_scores(
         if statistics:
             with torch.no_grad():
                 _, probabilities, normaliser = tile_scores(logits, ids)
-                found |= tile_statistics(logits, probabilities, normaliser, ids)
+                found |= tile_statistics(statistics, logits, probabilities, normaliser, ids)
         return found
 
     chunk = chunk_length(vocabulary, chunk_size)
@@ -202,9 +211,9 @@ def token_scores(
     targets: Tensor,
     rule: LogitRule,
     chunk_size: int | None = None,
-    statistics: bool = False,
+    statistics: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """`token_logps` and `STATISTICS` `(N,)` by the fast path where the head is plain and frozen, else by the other."""
+    """`token_logps` and statistics `(N,)` by the fast path where the head is plain and frozen, else by the other."""
     offloaded = hasattr(head, "_hf_hook")  # a hook of accelerate brings the weights when the module is called
     if type(head) is nn.Linear and not offloaded and not any(p.requires_grad for p in head.parameters()):
         return frozen_head_token_scores(hidden, head, targets, rule, chunk_size, statistics)

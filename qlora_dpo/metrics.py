@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_dpo.losses import Scores
+from qlora_dpo.scores import Scores
 
 COLUMNS = (
     "loss",
+    "items",
     "reward_chosen",
     "reward_rejected",
     "accuracy",
@@ -55,12 +56,13 @@ def accuracy_and_ties(margins: Tensor) -> tuple[Tensor, Tensor]:
     return (margins > 0).to(margins.dtype) + ties / 2, ties
 
 
-def pair_table(scores: Scores, losses: Tensor, statistics: Mapping[str, Tensor], beta: float) -> Tensor:
+def pair_table(scores: Scores, losses: Tensor, items: Tensor, statistics: Mapping[str, Tensor], beta: float) -> Tensor:
     """The numbers of every pair, on the device and without gradient.
 
     Args:
         scores: Log-probabilities and pairs of the batch.
         losses: `(T,)`.
+        items: `(T,)` how much of an item of the mean loss each pair is.
         statistics: `(B,)` sums over tokens of `entropy`, `mean_logits` and `is_top1`.
         beta: Factor of the rewards.
 
@@ -73,6 +75,7 @@ def pair_table(scores: Scores, losses: Tensor, statistics: Mapping[str, Tensor],
     logps, logits, entropy = scores.pi_logps.detach(), statistics["mean_logits"], statistics["entropy"]
     columns = {
         "loss": losses.detach(),
+        "items": items,
         "reward_chosen": rewards[w],
         "reward_rejected": rewards[l],
         "accuracy": accuracy,
@@ -96,7 +99,7 @@ def summarize(sums: Mapping[str, float], pairs: int) -> dict[str, float]:
     `entropy` (nats) is over the tokens of both sides, `mean_token_accuracy` over those of the chosen one, `logits/*`
     over those of their side. Rewards are beta (log pi - log pi_ref), unnormalised, whatever the loss.
     """
-    shown = {"loss": sums["loss"] / pairs} | {key: sums[column] / pairs for key, column in PAIR_MEANS.items()}
+    shown = {"loss": sums["loss"] / sums["items"]} | {key: sums[column] / pairs for key, column in PAIR_MEANS.items()}
     shown["rewards/margins"] = shown["rewards/chosen"] - shown["rewards/rejected"]
     shown["logits/chosen"] = sums["logits_chosen"] / sums["tokens_chosen"]
     shown["logits/rejected"] = sums["logits_rejected"] / sums["tokens_rejected"]
@@ -114,7 +117,7 @@ class RunningSums:
     def add(self, table: Tensor, unique_tokens: int) -> None:
         """Add a `(T, len(COLUMNS))` table of a batch that placed `unique_tokens` tokens."""
         extra = torch.tensor([table.shape[0], unique_tokens], dtype=table.dtype, device=table.device)
-        row = torch.cat((table.sum(0), extra))
+        row = torch.cat((table[:, : len(COLUMNS)].sum(0), extra))
         self._total = row if self._total is None else self._total + row
 
     def take(self) -> tuple[dict[str, float], int, int] | None:

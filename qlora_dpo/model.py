@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qlora_dpo.adapters import loading_changes_base, stack_adapter, trained_adapters
 from qlora_dpo.config import best_precision
 
 
@@ -138,6 +137,7 @@ def load_policy(
     *,
     peft_config: PeftConfig | None = None,
     adapter: str | None = None,
+    stacked_on: str | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
     quantize: bool = True,
     gradient_checkpointing: bool = True,
@@ -147,8 +147,10 @@ def load_policy(
 
     Args:
         model_id: Hub id or folder of the base model, or of an adapter (its base is then looked up).
-        peft_config: The new adapter; None for LoRA of rank 16 on every linear layer but the head.
-        adapter: Hub id or folder of a trained adapter to load instead of a new one.
+        peft_config: The new adapter; None for LoRA of rank 16 on every linear layer but the head. With `adapter`, it is
+            stacked on that one, which is frozen.
+        adapter: Hub id or folder of a trained adapter to load: to go on with, or to stack `peft_config` on.
+        stacked_on: Hub id or folder of the frozen adapter that `adapter` was trained on top of.
         quantization_config: How to quantise the base; None for NF4 with double quantisation and 16-bit compute.
         quantize: False to keep the base in 16 bit.
         gradient_checkpointing: Whether to recompute activations in the backward pass.
@@ -159,21 +161,47 @@ def load_policy(
 
     Raises:
         FileNotFoundError: If a local path is not there.
-        ValueError: If both a new and a trained adapter are asked for.
+        ValueError: If a new adapter shall be stacked on one whose loading changes the base.
 
     Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
     """
     if adapter is None and adapter_folder(model_id):
         adapter, model_id = model_id, base_of(model_id)
-    if adapter is not None and peft_config is not None:
-        raise ValueError("`peft_config` must be None when a trained adapter is loaded, got both. Drop one of them.")
     base = load_base(model_id, quantization_config, quantize, **model_kwargs)
     if adapter is None:
         policy = attach_adapter(base, peft_config, model_kwargs.get("revision"))
     else:
-        policy = PeftModel.from_pretrained(base, check_path(adapter, "adapter"), is_trainable=True)
+        policy = _with_trained(base, check_path(adapter, "adapter"), peft_config, stacked_on)
     if gradient_checkpointing:
         checkpoint_activations(policy)
+    return policy
+
+
+def _with_trained(
+    base: PreTrainedModel, adapter: str, peft_config: PeftConfig | None, stacked_on: str | None
+) -> PeftModel:
+    """A trained adapter on its base: to go on with, perhaps on top of a frozen one, or frozen under a new one.
+
+    The policy's `adapter_sources` remembers where each came from, for the record beside the trained adapter.
+    """
+    below = stacked_on if peft_config is None else adapter
+    if below is None:
+        policy = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        policy.adapter_sources = {"default": adapter}
+        return policy
+    if loading_changes_base(PeftConfig.from_pretrained(below)):
+        raise ValueError(
+            f"An adapter to stack on must leave the base as it is, got {below}, whose initialisation changes it. "
+            "Convert it to plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
+        )
+    policy = PeftModel.from_pretrained(base, below, adapter_name="below")
+    policy.adapter_sources = {"below": below}
+    if peft_config is not None:
+        stack_adapter(policy, peft_config)
+    else:
+        stack_adapter(policy, PeftConfig.from_pretrained(adapter))
+        set_peft_model_state_dict(policy, load_peft_weights(adapter, device="cpu"), adapter_name="default")
+        policy.adapter_sources["default"] = adapter
     return policy
 
 
@@ -206,20 +234,8 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def is_fresh(policy: PeftModel) -> bool:
-    """Whether every LoRA layer still adds exactly nothing: its A or its B is all zeros."""
-    for module in policy.modules():
-        if isinstance(module, LoraLayer):
-            for a, b in _factors(module, policy.active_adapters):
-                if bool(a.any()) and bool(b.any()):
-                    return False
-        elif isinstance(module, BaseTunerLayer):
-            return False  # of another kind, which only a comparison could judge
-    return True
-
-
-def _factors(layer: LoraLayer, names: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The A and B of a LoRA layer's active adapters, of linear and embedding layers alike."""
-    linear = [(layer.lora_A[n].weight, layer.lora_B[n].weight) for n in names if n in layer.lora_A]
-    embedding = [(layer.lora_embedding_A[n], layer.lora_embedding_B[n]) for n in names if n in layer.lora_embedding_A]
-    return linear + embedding
+def load_trained(policy: PeftModel, folder: str) -> None:
+    """Put the trained adapter that was saved in a folder into the policy; nothing else changes."""
+    for name in trained_adapters(policy):
+        where = folder if name == "default" else str(Path(folder, name))
+        set_peft_model_state_dict(policy, load_peft_weights(where, device="cpu"), adapter_name=name)

@@ -5,8 +5,9 @@ rejected have in common.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -24,8 +25,21 @@ USED_COLUMNS = {
     "ranks",
     "tools",
     "chat_template_kwargs",
+    "weights",
+    "label_probs",
+    "offsets",
+    "ref_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
 }
 """Columns that are read; the start-up report names the others."""
+
+PAIR_VALUES: dict[str, tuple[str, Callable[[float], bool], float]] = {
+    "weights": ("be finite and 0 or more", lambda v: 0 <= v < math.inf, 1.0),
+    "label_probs": ("be in [0, 1]", lambda v: 0 <= v <= 1, 1.0),
+    "offsets": ("be finite", math.isfinite, 0.0),
+}
+"""Columns with a number for each pair: what it must be, the test of it, and what a row without one has."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 
@@ -43,11 +57,15 @@ class Preference:
         prompt: Text or messages; None if it is what the completions (then whole texts) begin with.
         completions: K >= 2 texts, or lists of messages.
         pairs: `(chosen, rejected)` indices into the completions.
+        pair_values: Numbers for each pair, by a name in `PAIR_VALUES`.
+        ref_logps: Given reference log-probability of each completion, in nats; None without.
     """
 
     prompt: Text | None
     completions: list[Text]
     pairs: list[tuple[int, int]]
+    pair_values: dict[str, list[float]] = field(default_factory=dict)
+    ref_logps: list[float] | None = None
 
     @property
     def conversational(self) -> bool:
@@ -151,6 +169,36 @@ def _pairs_of(row: Mapping[str, Any], count: int, strategy: str) -> list[tuple[i
     return pairs_from_scores(values if name == "scores" else [-rank for rank in values], strategy)
 
 
+def _pair_values(row: Mapping[str, Any], name: str, count: int, ordered: bool) -> list[float]:
+    """A number for each pair: one for the row, or a list in the order of its pairs."""
+    rule, holds, _ = PAIR_VALUES[name]
+    value = decoded(row[name])
+    values = [value] * count if not isinstance(value, Sequence) else list(value)
+    if isinstance(value, Sequence) and (not ordered or len(values) != count):
+        each = f", or one for each of the {count} pairs" if ordered else " where pairs are derived"
+        raise ValueError(f"`{name}` must be one number{each}, got {len(values)} numbers. Correct the row.")
+    for number in values:
+        if not isinstance(number, (int, float)) or not holds(number):
+            raise ValueError(f"`{name}` must {rule}, got {number!r}. Correct the row.")
+    return [float(number) for number in values]
+
+
+def _given_ref_logps(row: Mapping[str, Any], count: int) -> list[float] | None:
+    """Given reference log-probabilities: `ref_logps`, or TRL's `ref_chosen_logps` and `ref_rejected_logps`."""
+    sides = [row.get(name) for name in ("ref_chosen_logps", "ref_rejected_logps")]
+    given = decoded(row["ref_logps"]) if "ref_logps" in row else None
+    if given is None and sides != [None, None] and "completions" not in row:
+        given = sides
+    if given is None:
+        return None
+    numbers = isinstance(given, Sequence) and len(given) == count
+    if not numbers or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in given):
+        raise ValueError(
+            f"`ref_logps` must be one finite number per completion ({count}), got {given}. Correct the row."
+        )
+    return [float(value) for value in given]
+
+
 def _split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, list[Text]]:
     """The common prefix in whole messages, and what follows it on each side."""
     shared = 0
@@ -234,4 +282,6 @@ def parse_row(row: Mapping[str, Any], pair_strategy: str = "all") -> Preference:
         if prompt is None and not isinstance(chosen, str) and not isinstance(rejected, str):
             prompt, completions = _split_messages(chosen, rejected)
     _kinds(prompt, completions)
-    return Preference(prompt, completions, pairs)
+    ordered = "pairs" in row or "completions" not in row
+    values = {name: _pair_values(row, name, len(pairs), ordered) for name in PAIR_VALUES if name in row}
+    return Preference(prompt, completions, pairs, values, _given_ref_logps(row, len(completions)))

@@ -52,7 +52,7 @@ def check_logit_rule(model: nn.Module, token_ids: Sequence[int], device: torch.d
     score = {"predictors": torch.arange(ids.shape[1] - 1, device=device), "targets": ids[0, 1:]}
     with torch.no_grad(), noise_off(model):
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        ours = model(input_ids=ids, score={**score, "chunk_size": None, "statistics": False})["token_logps"]
+        ours = model(input_ids=ids, score={**score, "chunk_size": None, "statistics": ()})["token_logps"]
     theirs = torch.log_softmax(widen(logits), -1).gather(-1, ids[0, 1:, None])[:, 0]
     rounding = torch.finfo(logits.dtype).eps * max(1.0, logits.abs().max().item())
     difference = (ours - theirs).abs().max().item()
@@ -193,35 +193,46 @@ def choose_layout(
     return "padded" if asked == "auto" else asked, proof
 
 
-def check_start(
+def start_margin(
     model: nn.Module,
     reference: Reference,
     groups: Sequence[Group],
     layout: str,
     device: torch.device,
     chunk_size: int | None = None,
-) -> None:
-    """A policy at its own start is its reference: every margin must be exactly 0.
+) -> float:
+    """How far the policy is from its reference before any training: the largest |margin| and |log-ratio|, in nats.
 
     Args:
-        model: The policy, before any training.
-        reference: A live reference that should equal it.
-        groups: Groups whose pairs to check.
+        model: The policy.
+        reference: What it is compared with.
+        groups: Groups whose pairs to score.
         layout: The layout to score in.
         device: The model's device.
         chunk_size: Positions in a tile of logits, as the reference has it: other tiles round otherwise.
-
-    Raises:
-        RuntimeError: If a margin is not 0.
     """
     batch = to_device(make_batch(groups, layout), device)
-    ref_logps = reference(model, batch)
+    ref_logps = reference(model, batch)["logps"]
     with torch.no_grad(), noise_off(model):
         logratios = score_batch(model, batch, chunk_size=chunk_size)["logps"] - ref_logps
     margins = logratios[batch["yw_idxs"]] - logratios[batch["yl_idxs"]]
-    worst = max(margins.abs().max().item(), logratios.abs().max().item())
-    if worst != 0:
-        raise RuntimeError(
-            f"Step-0 margins must be exactly 0, got {worst:.3g} nats: the policy does not start at its reference, the "
-            "model with its adapters disabled. Adapters must add nothing at the start: use init_lora_weights=True."
+    return max(margins.abs().max().item(), logratios.abs().max().item())
+
+
+def require_margin(margin: float, allowed: float) -> None:
+    """A policy at its own start is its reference: every margin must be exactly 0, or a rounding if it was cached.
+
+    Raises:
+        RuntimeError: If one is not.
+    """
+    if margin <= allowed:
+        return
+    rule = "be exactly 0" if allowed == 0 else f"be within rounding ({allowed:.3g} nats) of cached log-probabilities"
+    raise RuntimeError(
+        f"Step-0 margins must {rule}, got {margin:.3g} nats: the policy does not start at its reference. "
+        + (
+            "Adapters must add nothing at the start: use init_lora_weights=True, or reference='initial'."
+            if allowed == 0
+            else "Delete the file of the cache."
         )
+    )

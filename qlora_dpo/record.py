@@ -1,15 +1,19 @@
 """`qlora_dpo.json`: what lies beside a saved adapter, and all that is needed to read its rewards again."""
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
-from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.adapters import frozen_adapters, trained_adapters
+from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
+from qlora_dpo.reference import Reference, adapter_fingerprint
 
 RECORD_NAME = "qlora_dpo.json"
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,12 @@ class AdapterRecord:
         quantization: The base's quantisation as a dict, or None.
         dtype: Dtype of the weights that are not quantised; 4-bit compute is in `quantization`.
         mixed_precision: `bf16`, `fp16` or `no`.
-        reference: What rewards are relative to: `base` or `none`.
+        reference: What rewards are relative to: `base`, `initial`, `adapter`, `model`, `average`, `given` or `none`.
+        reference_source: Path or id that the reference can be loaded from again, if it has one.
+        reference_hash: Hash of the reference adapter's weights, if it is or has one.
+        stacked_on: Path or id of the frozen adapter that this one was trained on top of, if known.
         beta: Factor of the rewards.
-        loss_type: The objective.
-        label_smoothing: Its label smoothing.
+        loss: The options that made the loss, by name.
         max_length: Most tokens of prompt + completion in training, or None.
         max_prompt_length: Most tokens of a prompt, or None.
         pair_strategy: How scores or ranks became pairs.
@@ -37,36 +43,42 @@ class AdapterRecord:
     dtype: str
     mixed_precision: str
     reference: str
+    reference_source: str | None
+    reference_hash: str | None
+    stacked_on: str | None
     beta: float
-    loss_type: str
-    label_smoothing: float
+    loss: dict[str, Any]
     max_length: int | None
     max_prompt_length: int | None
     pair_strategy: str
 
 
-def write_record(folder: str, policy: PeftModel, args: QLoRADPOConfig, reference: str) -> None:
+def write_record(folder: str, policy: PeftModel, args: QLoRADPOConfig, reference: Reference) -> None:
     """Write the record of a policy beside its adapter: PEFT saves one that is not named `default` in a sub-folder."""
+    names, below = trained_adapters(policy), frozen_adapters(policy)
+    sources = getattr(policy, "adapter_sources", {})
     base = policy.get_base_model()
     quantization = getattr(base.config, "quantization_config", None)
     described = quantization.to_dict() if quantization is not None else None
-    adapter = policy.peft_config[policy.active_adapter]
+    adapter = policy.peft_config[names[0]]
     record = AdapterRecord(
         base=adapter.base_model_name_or_path or base.config._name_or_path,
         base_revision=adapter.revision,
         quantization=described,
         dtype=str(base.dtype).removeprefix("torch."),
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
-        reference=reference,
+        reference=reference.kind,
+        reference_source=reference.source,
+        reference_hash=adapter_fingerprint(reference),
+        stacked_on=sources.get(below[0]) if len(below) == 1 else None,
         beta=args.beta,
-        loss_type=args.loss_type[0],
-        label_smoothing=args.label_smoothing,
+        loss={name: getattr(args, name) for name in LOSS_FIELDS},
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         pair_strategy=args.pair_strategy,
     )
     text = json.dumps(asdict(record), indent=2, default=str)
-    for name in {"", *(name for name in policy.active_adapters if name != "default")}:
+    for name in {"", *(name for name in names if name != "default")}:
         Path(folder, name).mkdir(parents=True, exist_ok=True)
         Path(folder, name, RECORD_NAME).write_text(text + "\n")
 
@@ -83,3 +95,59 @@ def read_record(folder: str) -> AdapterRecord:
         raise FileNotFoundError(f"The adapter must lie beside its {RECORD_NAME}, got none in {folder}. {way_out}")
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
     return AdapterRecord(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
+
+
+def check_same_reference(folder: str, policy: PeftModel, reference: Reference) -> None:
+    """Refuse to go on from a checkpoint whose rewards are relative to something else.
+
+    Raises:
+        RuntimeError: If they are.
+    """
+    names = [name for name in ("", *trained_adapters(policy)) if Path(folder, name, RECORD_NAME).is_file()]
+    if not names:
+        return
+    record = read_record(str(Path(folder, names[0])))
+    now = (reference.kind, adapter_fingerprint(reference))
+    if (record.reference, record.reference_hash) != now:
+        raise RuntimeError(
+            f"The reference must be that of the checkpoint {folder}, got another: {now[0]} ({now[1]}) instead of "
+            f"{record.reference} ({record.reference_hash}). Build the trainer from the same start as the first time."
+        )
+
+
+def saved_adapter(folder: str) -> str:
+    """The folder that holds the adapter: PEFT puts one that is not named `default` in a sub-folder of its name."""
+    inside = [path.parent for path in Path(folder).glob("*/adapter_config.json")]
+    return str(inside[0]) if len(inside) == 1 and not Path(folder, "adapter_config.json").is_file() else folder
+
+
+def recorded_reference(record: AdapterRecord) -> str:
+    """The option `reference` that gives the reference of a record again.
+
+    It is `unknown` where it cannot be had again, which only matters if no other is asked for.
+    """
+    return record.reference if record.reference in ("base", "none") else record.reference_source or UNKNOWN
+
+
+def require_known(record: AdapterRecord, asked: str) -> None:
+    """Say what is missing where a record's reference cannot be had again and no other is asked for.
+
+    Raises:
+        ValueError: If so.
+    """
+    if asked == UNKNOWN:
+        raise ValueError(
+            f"The reference of the adapter must be there to give rewards, got a record of `{record.reference}` (hash "
+            f"{record.reference_hash}) that was in memory only. Name it, or another, with --reference."
+        )
+
+
+def warn_of_reference(record: AdapterRecord, reference: Reference) -> None:
+    """Say so if an adapter of the recorded path is not the one that was the reference."""
+    found = adapter_fingerprint(reference)
+    if reference.source == record.reference_source and record.reference_hash not in (None, found):
+        warnings.warn(
+            f"The reference {reference.source} has changed since the adapter was trained (hash {found} instead of "
+            f"{record.reference_hash}): its rewards are relative to another one.",
+            stacklevel=2,
+        )

@@ -1,13 +1,19 @@
 """`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
 
+import contextlib
+import itertools
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import (
     BitsAndBytesConfig,
     EvalPrediction,
@@ -17,29 +23,58 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, denumpify_detensorize
 
-from qlora_dpo.arguments import check_arguments, policy_from, tokenizer_from, warn_of_router
+from qlora_dpo.adapters import trained_adapters
+from qlora_dpo.arguments import (
+    check_arguments,
+    describe,
+    policy_from,
+    reference_from,
+    router_coefficient,
+    tokenizer_from,
+)
+from qlora_dpo.callbacks import SyncReference
 from qlora_dpo.config import QLoRADPOConfig
-from qlora_dpo.data import DataReport, prepare_dataset, show
+from qlora_dpo.data import (
+    GROUP_COLUMNS,
+    VALUE_COLUMNS,
+    DataReport,
+    as_named,
+    prepare_dataset,
+    show,
+    value_columns,
+)
 from qlora_dpo.evaluation import PairRecords
-from qlora_dpo.forward import disable_dropout, install_scoring, score_batch
+from qlora_dpo.forward import disable_dropout, install_scoring, to_device
 from qlora_dpo.layouts import Group, GroupCollator, group_of
-from qlora_dpo.losses import LOSSES, Scores
-from qlora_dpo.metrics import RunningSums, pair_table, preference_metrics, summarize
-from qlora_dpo.model import is_fresh, keep_one_arithmetic
+from qlora_dpo.metrics import RunningSums, preference_metrics, summarize
+from qlora_dpo.model import keep_one_arithmetic, load_trained
+from qlora_dpo.objective import check_columns
 from qlora_dpo.proof import (
     LayoutProof,
     attention_span,
     beyond_window,
     check_logit_rule,
-    check_start,
     check_vocabulary,
     choose_layout,
     extreme_groups,
+    prove_layout,
+    require_margin,
+    start_margin,
 )
-from qlora_dpo.record import write_record
-from qlora_dpo.reference import BaseReference, make_reference
+from qlora_dpo.record import check_same_reference, write_record
+from qlora_dpo.reference import (
+    AverageReference,
+    CachedReference,
+    GivenReference,
+    ModelReference,
+    Reference,
+    cached_reference,
+    starts_at,
+)
+from qlora_dpo.sampling import FilledSampler, with_fillers
+from qlora_dpo.step import Step, load_step_state, save_step_state
 
 PROOF_SAMPLE = 2048
 PROOF_STREAM_SAMPLE = 16
@@ -55,7 +90,7 @@ class QLoRADPOTrainer(Trainer):
     Args:
         model: Hub id or folder (loaded in NF4 unless `quantization_config` says otherwise, with default LoRA unless
             `peft_config` is given), a `PreTrainedModel` (needs `peft_config`) or a `PeftModel`, trained as it is.
-        ref_model: Must be None: the reference is the model itself with its adapters disabled.
+        ref_model: A model of its own to compare with; None for what `args.reference` says.
         args: The configuration; None for the defaults.
         data_collator: Must be None or a `GroupCollator`.
         train_dataset: Preference rows in any form `preferences.parse_row` accepts.
@@ -95,6 +130,7 @@ class QLoRADPOTrainer(Trainer):
     ) -> None:
         args = args or QLoRADPOConfig(output_dir="qlora-dpo-output")
         check_arguments(ref_model, args, data_collator, train_dataset, eval_dataset)
+        objective = args.objective
         set_seed(args.seed)  # the adapter's A matrices are random
         policy = policy_from(model, args, quantization_config, peft_config)
         tokenizer = tokenizer_from(model, policy, args, processing_class)
@@ -103,12 +139,13 @@ class QLoRADPOTrainer(Trainer):
             disable_dropout(policy)
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             policy.enable_input_require_grads()  # the reentrant kind sees no gradient behind frozen embeddings
-        warn_of_router(policy, args)
         install_scoring(policy.get_base_model())
-        self.reference = make_reference(args.reference, policy, args.logps_chunk_size)
-        self.starts_at_reference = isinstance(self.reference, BaseReference) and is_fresh(policy)
+        reference = reference_from(policy, ref_model, args)
+        self.step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
+        self.starts_at_reference = starts_at(reference, policy)
         self._start_checked = False
-        self.loss = LOSSES[args.loss_type[0]]
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # processes may make different numbers of forwards
         args.accelerator_config.dispatch_batches = False  # it would cut a stream's tensors by their first size
         self.data_reports: dict[str, DataReport] = {}
         self.layout_proof: LayoutProof | None = None
@@ -139,7 +176,12 @@ class QLoRADPOTrainer(Trainer):
                 f"One process must see one GPU, got {args.n_gpu}: their batches cannot be split. Start one process "
                 "per GPU with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
             )
-        self._signature_columns = ["prompt_ids", "completion_ids", "pairs", "row"]
+        self.data_collator.max_tokens = args.max_tokens_per_forward
+        self._use_given_log_probs()
+        if isinstance(reference, AverageReference):
+            self._sync = SyncReference(reference, args.ref_model_sync_steps)
+            self.add_callback(self._sync)
+        self._signature_columns = [*GROUP_COLUMNS, *VALUE_COLUMNS]
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
         self.can_return_loss = True
         self.model.get_base_model().add_model_tags(self._tag_names)
@@ -154,6 +196,7 @@ class QLoRADPOTrainer(Trainer):
             )
         with args.main_process_first(desc="tokenising"):
             prepared, report = prepare_dataset(dataset, name=name, **self._options)
+        check_columns(args.objective, value_columns(prepared.column_names or []), args.label_smoothing)
         if report is not None:
             self.data_reports[name] = report
             if args.process_index == 0:
@@ -165,29 +208,81 @@ class QLoRADPOTrainer(Trainer):
             return {name: self._prepared(one, name, args) for name, one in dataset.items()}
         return self._prepared(dataset, "eval", args)
 
+    def _use_given_log_probs(self) -> None:
+        """Let the data set's own reference log-probabilities stand in for the reference."""
+        sets = [self.train_dataset, *as_named(self.eval_dataset).values()]
+        if not any(one is not None and "ref_logps" in (one.column_names or []) for one in sets):
+            return
+        if self.args.reference != "auto" or self.step.reference.kind in ("model", "average", "none"):
+            raise ValueError(
+                f"`reference` must be 'auto' with a column `ref_logps`, which takes its place, got "
+                f"'{self.step.reference.description}'. Drop one of them."
+            )
+        self.step.reference = GivenReference(self.step.reference)
+        self.starts_at_reference = False
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s, with fillers instead of repeated groups where several processes train."""
+        sampler_fn = kwargs.get("sampler_fn")
+        fills = kwargs.get("is_training") and self.args.world_size > 1 and not self.args.dataloader_drop_last
+        if fills and sampler_fn is not None and isinstance(dataset, Dataset):
+            filled = with_fillers(dataset, self._train_batch_size * self.args.world_size)
+            count, seed = len(filled) - len(dataset), self.args.data_seed
+            kwargs["sampler_fn"] = lambda _: FilledSampler(sampler_fn(dataset), len(dataset), count, seed)
+            dataset = filled
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
     # ---- what is checked before the first number is used ---------------------------------------------------------
 
+    @property
+    def reference(self) -> Reference:
+        """What the policy is compared with."""
+        return self.step.reference
+
     def _prove(self) -> None:
-        """Check the model's logits and vocabulary, and choose the layout, once."""
+        """Check the model's logits and vocabulary, choose the layout, and open the cache of the reference, once."""
         if self._proven:
             return
         groups, device = extreme_groups(self._some_groups()), self.args.device
-        base = self.model.get_base_model()
-        check_vocabulary(base.get_input_embeddings().weight.shape[0], groups)
+        models = [self.model]
+        if isinstance(self.reference, ModelReference):
+            models.append(self.reference.placed_on(device))
+        layout = self.args.batch_layout
         with self.accelerator.autocast():
-            check_logit_rule(self.model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
-            probe = beyond_window(groups, attention_span(base.config.get_text_config()), self.args.max_length)
-            layout, self.layout_proof = choose_layout(self.model, probe, self.args.batch_layout, device)
+            for model in models:
+                embeddings = model.get_input_embeddings().weight.shape[0]
+                check_vocabulary(embeddings, groups)
+                check_logit_rule(model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
+                span = attention_span(model.config.get_text_config())
+                probe = beyond_window(groups, span, self.args.max_length)
+                layout, proof = choose_layout(model, probe, layout, device)
+                self.layout_proof = self.layout_proof if model is not self.model else proof
         self.data_collator.layout = layout
+        if self.args.precompute_ref_log_probs:
+            precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
+            self.step.reference = cached_reference(self.reference, self.args.reference_cache, precision)
         self._proven = True
 
     def _check_start(self) -> None:
-        """Check, once, that a policy that was fresh when it came starts training at its reference."""
-        if self.starts_at_reference and not self._start_checked:
-            groups, layout = extreme_groups(self._some_groups()), self.data_collator.layout
-            with self.accelerator.autocast():
-                check_start(self.model, self.reference, groups, layout, self.args.device, self.args.logps_chunk_size)
+        """Compare the policy with its reference before the first step, once, and say what is what."""
+        if self._start_checked:
+            return
         self._start_checked = True
+        groups, layout = extreme_groups(self._some_groups()), self.data_collator.layout
+        exact = not isinstance(self.reference, CachedReference)
+        with self.accelerator.autocast():
+            margin = start_margin(
+                self.model, self.reference, groups, layout, self.args.device, self.args.logps_chunk_size
+            )
+            if self.starts_at_reference:
+                allowed = 0.0 if exact else prove_layout(self.model, groups, layout, self.args.device).tolerance
+                require_margin(margin, allowed)
+        if self.args.process_index == 0:
+            print(
+                f"policy: {describe(self.model)}\nreference: {self.reference.description}\n"
+                f"largest step-0 margin: {margin:.3g} nats" + (" (exactly 0)" if margin == 0 else ""),
+                file=sys.stderr,
+            )
 
     def _some_groups(self) -> list[Group]:
         """The first groups of the data at hand.
@@ -206,11 +301,32 @@ class QLoRADPOTrainer(Trainer):
             raise ValueError("The stream must keep at least one row, got none. Check its rows and `max_length`.")
         return [group_of(row) for row in rows]
 
+    def precompute_reference(self) -> None:
+        """Score all data under the reference, where it is kept on disk; what is there already is not scored again."""
+        loaders = [] if self.train_dataset is None else [self._reference_loader(self.train_dataset)]
+        loaders += [self._reference_loader(one) for one in as_named(self.eval_dataset).values() if one is not None]
+        with self.compute_loss_context_manager():
+            for batch in tqdm(itertools.chain(*loaders), desc="Reference", disable=self.args.disable_tqdm):
+                for piece in batch["pieces"]:
+                    self.reference(self.model, to_device(piece, self.args.device))
+        self.accelerator.wait_for_everyone()
+
+    def _reference_loader(self, dataset: Any) -> Any:
+        """This process's share of a data set, in data order."""
+        if isinstance(dataset, IterableDataset):
+            raise ValueError("`precompute_ref_log_probs` must be False for a stream, whose end is not known, got True.")
+        share = dataset.shard(self.args.world_size, self.args.process_index)
+        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        return DataLoader(share.with_format(None), batch_size=size, collate_fn=self.data_collator)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, after the checks on logits, layout and start."""
         if self.train_dataset is None:
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
         self._prove()
+        self.model.train()
+        if isinstance(self.reference, CachedReference):
+            self.precompute_reference()
         self._check_start()
         self._unprepare()
         self._last_log = time.perf_counter()
@@ -224,25 +340,37 @@ class QLoRADPOTrainer(Trainer):
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
-    def _scores(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Scores, dict[str, Tensor]]:
-        """Log-probabilities of a batch under reference and policy, and the statistics of the policy's tokens."""
-        ref_logps = self.reference(model, batch)
-        policy = score_batch(model, batch, statistics=True, chunk_size=self.args.logps_chunk_size)
-        scores = Scores(
-            pi_logps=policy["logps"],
-            ref_logps=ref_logps,
-            yw_idxs=batch["yw_idxs"],
-            yl_idxs=batch["yl_idxs"],
-            lengths=torch.tensor(batch["lengths"], device=ref_logps.device),
-            group=batch["group"],
-        )
-        return scores, policy
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
+        """The micro-batches of an optimizer step and its number of items; where pairs are coupled, already scored."""
+        samples, items = super().get_batch_samples(*args)
+        batches = [piece for sample in samples for piece in sample["pieces"]]
+        alone = len(batches) == 1 and "parts" not in batches[0] and self.args.world_size == 1
+        if batches and self.step.objective.coupled and (not alone or self.step.objective.bco_running_mean):
+            self._first_stage(self.model_wrapped, batches)
+        return samples, items
 
-    def _pair_losses(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """`(T,)` losses of a batch's pairs, and its pair table."""
-        scores, statistics = self._scores(model, batch)
-        losses = self.loss(scores, **self.args.loss_hyperparameters)
-        return losses, pair_table(scores, losses, statistics, self.args.beta)
+    def _first_stage(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
+        """Score batches without gradient, and count their pairs."""
+        model.train()
+        with self.compute_loss_context_manager():
+            tables = self.step.first_stage(model, self._prepare_inputs(batches))
+        for batch, table in zip(batches, tables, strict=True):
+            self._sums.add(table, batch["num_unique_tokens"])
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch, one forward within the token budget at a time."""
+        for piece in inputs["pieces"]:
+            if "parts" in piece and "slopes" not in piece["parts"][0]:
+                self._first_stage(model, [piece])
+        work = [part for piece in inputs["pieces"] for part in piece.get("parts", [piece])]
+        loss = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(work, start=1):
+            last = number == len(work)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, part, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self,
@@ -251,25 +379,42 @@ class QLoRADPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This batch's share of the step's loss, which is the mean over all pairs of the step.
+        """A batch's share of the step's loss, which is the mean over all pairs of the step.
 
         `num_items_in_batch` is the number of pairs of the optimizer step, over all micro-batches and processes; DDP
         averages gradients over processes, so each one's share is multiplied by their number.
         """
-        losses, table = self._pair_losses(model, inputs)
-        if self.model.training:
-            self._sums.add(table, inputs["num_unique_tokens"])
-        pairs = len(losses) if num_items_in_batch is None else num_items_in_batch
+        outputs: dict[str, Any] = {}
+        if "slopes" in inputs:
+            total = self.step.second_stage(model, inputs)
+        else:
+            losses, table = self.step.losses(model, inputs)
+            total, outputs = losses.sum(), {"losses": losses, "pairs": table}
+            if model.training:
+                self._sums.add(table, inputs["num_unique_tokens"])
+        items = self._items([inputs]) if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss = losses.sum() / pairs * processes
-        return (loss, {"losses": losses, "pairs": table}) if return_outputs else loss
+        loss = total / items * processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _items(self, batches: Iterable[dict[str, Any]]) -> int:
+        """Items of the mean loss in batches: their pairs, or their groups that have one."""
+        if not self.step.objective.counts_groups:
+            return max(sum(len(batch["rows"]) for batch in batches), 1)
+        return max(sum(len(set(batch["group"][batch["yw_idxs"]].tolist())) for batch in batches), 1)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Pairs in an optimizer step, over its micro-batches and all processes."""
-        pairs = sum(len(batch["rows"]) for batch in batch_samples)
+        """Items in an optimizer step, over its micro-batches and all processes."""
+        pieces = [piece for sample in batch_samples for piece in sample["pieces"]]
+        items = self._items(pieces) if any(piece["rows"] for piece in pieces) else 0
         if self.args.world_size == 1:
-            return pairs
-        return self.accelerator.reduce(torch.tensor(pairs, device=device), reduction="sum")
+            return items
+        return self.accelerator.reduce(torch.tensor(items, device=device), reduction="sum").clamp(min=1)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 operations per parameter and token placed, as `Trainer` estimates them."""
+        tokens = sum(piece["num_unique_tokens"] for piece in inputs["pieces"])
+        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics of all pairs since the last line."""
@@ -284,16 +429,21 @@ class QLoRADPOTrainer(Trainer):
         sums, pairs, unique_tokens = taken
         now = time.perf_counter()
         seconds, self._last_log = now - self._last_log, now
-        return summarize(sums, pairs) | {
-            "num_tokens": self._tokens_seen(),
-            "num_unique_tokens": unique_tokens,
-            "tokens_per_second": unique_tokens / seconds,
-            "pairs_per_second": pairs / seconds,
-        }
+        moved = {"reference/rank_error": self._sync.error} if self.args.sync_ref_model else {}
+        return (
+            summarize(sums, pairs)
+            | moved
+            | {
+                "num_tokens": self._tokens_seen(),
+                "num_unique_tokens": unique_tokens,
+                "tokens_per_second": unique_tokens / seconds,
+                "pairs_per_second": pairs / seconds,
+            }
+        )
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count tokens as TRL does, both sides with their prompt, where checkpoints keep the count."""
-        self.state.num_input_tokens_seen += inputs["num_tokens"]
+        self.state.num_input_tokens_seen += sum(piece["num_tokens"] for piece in inputs["pieces"])
 
     def _tokens_seen(self) -> int:
         seen = self.state.num_input_tokens_seen
@@ -334,6 +484,8 @@ class QLoRADPOTrainer(Trainer):
         records = self._records.gathered()
         self._records = None
         metrics = records.metrics() | {"num_tokens": self._tokens_seen()}
+        if self.step.objective.coupled:
+            metrics["loss"] = self.step.of_sides(torch.from_numpy(records.sides())).mean().item()
         prediction = EvalPrediction(
             predictions=(records.column("reward_chosen"), records.column("reward_rejected")), label_ids=records.rows()
         )
@@ -365,12 +517,14 @@ class QLoRADPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Score a batch without gradient and keep its pairs."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            losses, table = self._pair_losses(model, inputs)
-        if self._records is not None:
-            self._records.add(table, inputs["rows"], inputs["pair_ids"])
-        return losses.mean(), None, None
+        means = []
+        for batch in self._prepare_inputs(inputs)["pieces"]:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses, table = self.step.losses(model, batch)
+            if self._records is not None:
+                self._records.add(table, batch["rows"], batch["pair_ids"])
+            means.append(losses.mean())
+        return torch.stack(means).mean(), None, None
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
@@ -379,6 +533,23 @@ class QLoRADPOTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained_adapters(self.model))
         self.processing_class.save_pretrained(folder)
-        write_record(folder, self.model, self.args, self.reference.kind)
+        write_record(folder, self.model, self.args, self.reference)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As `Trainer`'s, with the state of the step: a moving reference, a running mean."""
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            save_step_state(self.step, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The trained adapter and the step's state; frozen adapters and what is trainable stay as they are."""
+        check_same_reference(resume_from_checkpoint, self.model, self.reference)
+        load_trained(self.model, resume_from_checkpoint)
+        load_step_state(self.step, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """The trained adapter of the best checkpoint."""
+        load_trained(self.model, self.state.best_model_checkpoint)

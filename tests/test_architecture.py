@@ -10,11 +10,12 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"preferences", "losses", "logps", "metrics", "world"},
-    {"layouts", "attention", "data", "config"},
+    {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "world"},
+    {"objective", "layouts", "attention", "data", "sampling"},
+    {"config"},
     {"model", "forward"},
-    {"reference", "record", "arguments"},
-    {"proof"},
+    {"reference"},
+    {"record", "arguments", "proof", "step", "callbacks"},
     {"evaluation", "trainer"},
     {"demo"},
     {"cli"},

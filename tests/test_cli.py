@@ -153,7 +153,7 @@ def test_unknown_flags_are_refused(tmp_path):
         ({"--dtype": "int8"}, "`dtype` must be one of"),
         ({"--dataset_test_split": "test"}, "Use slices of it"),
         ({"--max_length": "3"}, "all 8 were dropped"),
-        ({"--precompute_ref_log_probs": "true"}, "`precompute_ref_log_probs` must be False"),
+        ({"--activation_offloading": "true"}, "`activation_offloading` must be False"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(base_folder, rows_file, tmp_path, capsys, change, message):

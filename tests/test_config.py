@@ -33,7 +33,7 @@ def test_device_and_precision_are_set_where_there_is_no_accelerator(tmp_path, mo
 
 def test_loss_type_may_be_a_name(tmp_path):
     assert make(tmp_path, loss_type="hinge").loss_type == ["hinge"]
-    assert make(tmp_path, loss_type="hinge").loss_hyperparameters == {"beta": 0.1}
+    assert make(tmp_path, loss_type="hinge").objective.losses == ("hinge",)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,15 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "does not use it"),
         ({"loss_type": "dpo"}, "`loss_type` must be one of"),
         ({"batch_layout": "flat"}, "`batch_layout` must be one of"),
-        ({"reference": "sft"}, "`reference` must be one of"),
+        ({"sync_ref_model": True, "reference": "./sft"}, "`reference with sync_ref_model` must be one of"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "the reference moves"),
+        ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, r"must be in \(0, 1\]"),
+        ({"ref_model_mixup_alpha": 0.5}, "without sync_ref_model=True"),
+        ({"ref_model_sync_steps": 8}, "without sync_ref_model=True"),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "`ref_model_sync_steps` must be 1 or more"),
+        ({"max_tokens_per_forward": 0}, "`max_tokens_per_forward` must be 1 or more"),
+        ({"precompute_ref_batch_size": 4}, "without precompute_ref_log_probs=True"),
+        ({"reference_cache": "x"}, "without precompute_ref_log_probs=True"),
         ({"pair_strategy": "some"}, "`pair_strategy` must be one of"),
         ({"padding_free": True, "batch_layout": "padded"}, "`padding_free` must be False"),
         ({"max_length": 0}, "`max_length` must be 1 or more"),
@@ -58,12 +66,8 @@ def test_what_cannot_be_right_is_refused(tmp_path, options, message):
 
 
 ASKED = {
-    "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "precompute_ref_log_probs": True,
-    "precompute_ref_batch_size": 4, "loss_weights": [0.5], "ld_alpha": 0.5, "f_divergence_type": "forward_kl",
-    "use_weighting": True, "sync_ref_model": True, "activation_offloading": True, "router_aux_loss_coef": 0.01,
-    "f_alpha_divergence_coef": 0.3, "discopop_tau": 0.1, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 8,
-    "pad_token": "<pad>", "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1,
-    "use_liger_kernel": True,
+    "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "activation_offloading": True, "pad_token": "<pad>",
+    "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1, "use_liger_kernel": True,
 }  # fmt: skip
 
 
@@ -75,8 +79,3 @@ def test_every_option_that_is_not_built_is_tested():
 def test_what_is_not_built_is_refused_and_never_ignored(tmp_path, name):
     with pytest.raises(NotImplementedError, match=f"`{name}` must be"):
         make(tmp_path, **{name: ASKED[name]})
-
-
-def test_two_losses_are_refused(tmp_path):
-    with pytest.raises(NotImplementedError, match="one loss"):
-        make(tmp_path, loss_type=["sigmoid", "hinge"])

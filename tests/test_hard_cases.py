@@ -99,8 +99,9 @@ def naive_chosen(model, dataset):
 def test_a_model_string_that_is_an_adapter_folder_keeps_the_adapter(tokenizer, base_folder, make_args, tmp_path):
     """transformers loads base + adapter, get_peft_model overwrites the adapter: the SFT weights are gone, no word."""
     folder = trained_adapter(base_folder, tmp_path / "sft", tokenizer)
-    with pytest.raises(REFUSED):  # or: continue the adapter
-        trainer_of(tokenizer, make_args(bf16=True), policy=folder)
+    trainer = trainer_of(tokenizer, make_args(bf16=True), policy=folder)
+    assert trainer.reference.kind == "initial"
+    assert trainer.reference.source == folder
 
 
 def test_a_model_with_an_integrated_adapter_and_peft_config_is_refused(tokenizer, base_folder, make_args, tmp_path):
@@ -182,8 +183,8 @@ def test_a_neftune_noise_on_an_adapted_embedding_is_off_in_the_reference(tokeniz
 
     class Twice(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
-            batch = GroupCollator(0)([trainer.train_dataset[i] for i in range(3)])
-            found.extend(trainer.reference(trainer.model, batch) for _ in range(2))
+            (batch,) = GroupCollator(0)([trainer.train_dataset[i] for i in range(3)])["pieces"]
+            found.extend(trainer.reference(trainer.model, batch)["logps"] for _ in range(2))
 
     trainer.add_callback(Twice())
     trainer.train()
@@ -196,8 +197,8 @@ def test_a_layerdrop_is_off_in_the_reference(tokenizer, make_args):
     policy = get_peft_model(hf.AutoModelForCausalLM.from_config(config), LoraConfig(target_modules="all-linear"))
     trainer = trainer_of(tokenizer, make_args(), policy=policy)
     trainer.model.train()
-    batch = GroupCollator(0)([trainer.train_dataset[i] for i in range(3)])
-    found = [trainer.reference(trainer.model, batch) for _ in range(6)]
+    (batch,) = GroupCollator(0)([trainer.train_dataset[i] for i in range(3)])["pieces"]
+    found = [trainer.reference(trainer.model, batch)["logps"] for _ in range(6)]
     assert all(torch.equal(found[0], other) for other in found)
 
 
@@ -573,10 +574,12 @@ def test_b_a_malformed_data_file_is_an_error_not_a_traceback(base_folder, rows_f
 
 
 def test_b_training_on_an_adapter_folder_says_what_a_user_can_do(base_folder, rows_file, tmp_path, tokenizer, capsys):
-    """The command line always passes a `peft_config`, and asks the user to drop it."""
+    """The command line always passes a `peft_config`: the adapter is trained on, and options of a new one refused."""
     folder = trained_adapter(base_folder, tmp_path / "sft", tokenizer)
-    assert main(train_words(folder, rows_file, tmp_path / "o")) == 2
-    assert "peft_config" not in capsys.readouterr().err
+    assert main([*train_words(folder, rows_file, tmp_path / "o"), "--lora_r", "8"]) == 2
+    assert "Add --new_adapter true" in capsys.readouterr().err
+    assert main(train_words(folder, rows_file, tmp_path / "o")) == 0
+    assert "frozen copy" in capsys.readouterr().err
 
 
 def test_b_text_prompt_with_whole_conversations(tokenizer):

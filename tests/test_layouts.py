@@ -27,8 +27,13 @@ def test_packed_places_sequences_end_to_end():
 
 def test_padded_places_one_row_per_completion():
     batch = make_batch(GROUPS, "padded", pad_token_id=99)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 99], [1, 2, 3, 6, 7], [9, 99, 99, 99, 99], [9, 11, 99, 99, 99]]
-    assert batch["attention_mask"].sum(1).tolist() == [4, 5, 1, 2]
+    assert batch["input_ids"].tolist() == [
+        [1, 2, 3, 4, 5, 99],
+        [1, 2, 3, 6, 7, 8],
+        [9, 10, 99, 99, 99, 99],
+        [9, 11, 12, 99, 99, 99],
+    ]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 6, 2, 3]
     assert batch["segments"] is None
 
 
@@ -42,7 +47,7 @@ def test_what_is_asked_does_not_depend_on_the_layout(layout):
     assert batch["yl_idxs"].tolist() == [1, 2, 2]
     assert (batch["rows"], batch["pair_ids"]) == ([7, 8, 8], [0, 0, 1])
     assert batch["num_tokens"] == (5 + 6) + 2 * (2 + 3)
-    assert batch["num_unique_tokens"] == {"tree": 8, "packed": 12, "padded": 12}[layout]
+    assert batch["num_unique_tokens"] == {"tree": 8, "packed": 12, "padded": 16}[layout]
     predictors = batch["input_ids"].flatten()[batch["predictors"]]
     assert predictors.tolist() == [3, 4, 3, 6, 7, 9, 9, 11]
 
@@ -50,9 +55,9 @@ def test_what_is_asked_does_not_depend_on_the_layout(layout):
 def test_collator_makes_the_batch_of_its_layout():
     row = {"prompt_ids": [1], "completion_ids": [[2], [3]], "pairs": [[0, 1]], "row": 0}
     collator = GroupCollator(pad_token_id=0)
-    assert collator([row])["attention_mask"] is not None
+    assert collator([row])["pieces"][0]["attention_mask"] is not None
     collator.layout = "tree"
-    assert collator([row])["attention_mask"] is None
+    assert collator([row])["pieces"][0]["attention_mask"] is None
 
 
 def test_batches_survive_what_trainer_and_accelerate_do_to_them():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qlora_dpo.logps import (
+    STATISTICS,
     LogitRule,
     any_head_token_scores,
     frozen_head_token_scores,
@@ -47,7 +48,7 @@ def test_chunked_equals_full(scorer, rule, bias, chunk):
     expected = full(hidden, head, targets, rule)
     (expected["token_logps"] * upstream).sum().backward()
     grad, hidden.grad = hidden.grad, None
-    found = scorer(hidden, head, targets, rule, chunk, statistics=True)
+    found = scorer(hidden, head, targets, rule, chunk, statistics=STATISTICS)
     (found["token_logps"] * upstream).sum().backward()
     for name, values in expected.items():
         assert torch.allclose(found[name].detach(), values.detach(), rtol=1e-12, atol=1e-12), name
@@ -67,7 +68,7 @@ def test_a_frozen_head_gets_no_gradient_and_a_trainable_one_does():
 
 def test_statistics_carry_no_gradient():
     hidden, head, targets = setting()
-    found = token_scores(hidden, head, targets, LogitRule(), statistics=True)
+    found = token_scores(hidden, head, targets, LogitRule(), statistics=STATISTICS)
     assert found["token_logps"].requires_grad
     assert not any(found[name].requires_grad for name in ("entropy", "mean_logits", "is_top1"))
 
@@ -86,7 +87,7 @@ def test_logits_exist_one_tile_at_a_time():
             return out
 
     with Watch():
-        token_scores(hidden, head, targets, LogitRule(), chunk, statistics=True)["token_logps"].sum().backward()
+        token_scores(hidden, head, targets, LogitRule(), chunk, statistics=STATISTICS)["token_logps"].sum().backward()
     assert chunk * v <= largest < n * v / 2
 
 

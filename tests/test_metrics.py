@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_dpo.losses import Scores
 from qlora_dpo.metrics import COLUMNS, EVALUATE_MODULES, RunningSums, pair_table, preference_metrics, summarize
+from qlora_dpo.scores import Scores
 
 from reference_impl import pair_metrics
 
@@ -31,12 +31,12 @@ def batch_of(seed, completions=6, pairs=4):
 
 def table_of(seed):
     scores, statistics = batch_of(seed)
-    return pair_table(scores, torch.ones(len(scores.yw_idxs)), statistics, beta=0.5)
+    return pair_table(scores, *torch.ones(2, len(scores.yw_idxs)), statistics, beta=0.5)
 
 
 def test_summary_equals_a_numpy_oracle():
     scores, statistics = batch_of(0)
-    table = pair_table(scores, torch.arange(4.0), statistics, beta=0.5)
+    table = pair_table(scores, torch.arange(4.0), torch.ones(4), statistics, beta=0.5)
     shown = summarize(dict(zip(COLUMNS, table.sum(0).tolist(), strict=True)), 4)
     rewards = 0.5 * (scores.pi_logps - scores.ref_logps).numpy()
     w, l, lengths = scores.yw_idxs.numpy(), scores.yl_idxs.numpy(), scores.lengths.numpy()
@@ -58,7 +58,9 @@ def test_running_sums_pool_pairs_not_batches():
     sums.add(second, 3)
     found, pairs, unique_tokens = sums.take()
     assert (pairs, unique_tokens) == (5, 13)
-    assert found["reward_chosen"] == pytest.approx(torch.cat((first, second))[:, 1].sum().item())
+    assert found["reward_chosen"] == pytest.approx(
+        torch.cat((first, second))[:, COLUMNS.index("reward_chosen")].sum().item()
+    )
     assert sums.take() is None
 
 

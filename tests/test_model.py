@@ -9,9 +9,10 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from qlora_dpo import load_policy
+from qlora_dpo.adapters import frozen_adapters, is_fresh, trained_adapters
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
-from qlora_dpo.model import attach_adapter, is_fresh, keep_one_arithmetic, load_tokenizer
+from qlora_dpo.model import attach_adapter, keep_one_arithmetic, load_tokenizer
 
 GROUPS = [
     Group([9, 12, 14], [[10, 11, 8, 2], [13, 9, 2]], [(0, 1)]),
@@ -144,10 +145,12 @@ def test_a_saved_adapter_loads_with_the_base_it_names(policy, tmp_path, base_fol
     assert any(p.requires_grad for p in again.parameters())
 
 
-def test_a_trained_adapter_and_a_new_one_are_refused_together(base_folder, policy, tmp_path):
+def test_a_new_adapter_is_stacked_on_a_trained_one_which_is_frozen(base_folder, policy, tmp_path):
     policy.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`peft_config` must be None"):
-        load_policy(base_folder, adapter=str(tmp_path), peft_config=LoraConfig())
+    stacked = load_policy(base_folder, adapter=str(tmp_path), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    assert (trained_adapters(stacked), frozen_adapters(stacked)) == (["default"], ["below"])
+    assert {p.dtype for p in stacked.parameters() if p.requires_grad} == {torch.float32}
+    assert stacked.adapter_sources == {"below": str(tmp_path)}
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/not/there/at/all"])

@@ -1,0 +1,206 @@
+"""Adapters of a policy: which are trained, which only take part, and the model with others or older ones in force.
+
+Every context manager here leaves weights, active adapters and each `requires_grad` as they were, even after an error.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations of LoRA that subtract the adapter's start from the base's weights."""
+
+
+@contextlib.contextmanager
+def adapters_disabled(policy: PeftModel) -> Iterator[None]:
+    """The base model inside the block.
+
+    PEFT's own context manager leaves all weights of the active adapter trainable, also those the user had frozen.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    try:
+        with policy.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def adapters_active(policy: PeftModel, names: Sequence[str]) -> Iterator[None]:
+    """Only the named adapters in force inside the block.
+
+    Sets what PEFT's layers read in their forward pass and nothing else: its `set_adapter` decides anew what is trained.
+    """
+    layers = [m for m in policy.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = list(names)
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
+@contextlib.contextmanager
+def weights_replaced(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Other values in some parameters inside the block, of whatever shape their modules can compute with."""
+    held = [(parameter, parameter.data) for parameter, _ in weights]
+    try:
+        for parameter, value in weights:
+            parameter.data = value.to(parameter.device)
+        yield
+    finally:
+        for parameter, data in held:
+            parameter.data = data
+
+
+def trained_adapters(policy: PeftModel) -> list[str]:
+    """Active adapters with a weight that is trained; all active ones if none has."""
+    names = list(policy.active_adapters)
+    trained = [name for name in names if any(p.requires_grad for p in adapter_weights(policy, [name]).values())]
+    return trained or names
+
+
+def frozen_adapters(policy: PeftModel) -> list[str]:
+    """Active adapters that only take part."""
+    trained = trained_adapters(policy)
+    return [name for name in policy.active_adapters if name not in trained]
+
+
+def adapter_weights(policy: PeftModel, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Parameters of the named adapters, by their name in the policy."""
+    inside = [name for name, p in policy.named_parameters() if set(name.split(".")) & set(names)]
+    parameters = dict(policy.named_parameters())
+    return {name: parameters[name] for name in inside if policy.base_model.prefix in name or _is_auxiliary(name)}
+
+
+def _is_auxiliary(name: str) -> bool:
+    """Whether a parameter belongs to a module that PEFT trains whole, or to tokens that it trains."""
+    return ".modules_to_save." in name or ".token_adapter." in name or "trainable_tokens_" in name
+
+
+def base_weights(policy: PeftModel) -> dict[str, Tensor]:
+    """Parameters and buffers of the base model, named as without adapters."""
+    tensors = [*policy.get_base_model().named_parameters(), *policy.get_base_model().named_buffers()]
+    found = {}
+    for name, tensor in tensors:
+        if policy.base_model.prefix not in name and not _is_auxiliary(f".{name}"):
+            found[name.replace(".base_layer", "").replace(".original_module", "")] = tensor
+    return found
+
+
+def is_fresh(policy: PeftModel, names: Sequence[str] | None = None) -> bool:
+    """Whether every LoRA layer of the named (or active) adapters still adds exactly nothing: A or B is all zeros."""
+    chosen = list(policy.active_adapters if names is None else names)
+    if any(getattr(policy.peft_config[name], "use_dora", False) for name in chosen):
+        return False  # its normalisation rounds, so that it does not start at the base to the last bit
+    for module in policy.modules():
+        if isinstance(module, LoraLayer):
+            for a, b in _factors(module, chosen):
+                if bool(a.any()) and bool(b.any()):
+                    return False
+        elif isinstance(module, BaseTunerLayer):
+            return False  # of another kind, which only a comparison could judge
+    return True
+
+
+def _factors(layer: LoraLayer, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """The A and B of a LoRA layer's named adapters, of linear and embedding layers alike."""
+    linear = [(layer.lora_A[n].weight, layer.lora_B[n].weight) for n in names if n in layer.lora_A]
+    embedding = [(layer.lora_embedding_A[n], layer.lora_embedding_B[n]) for n in names if n in layer.lora_embedding_A]
+    return linear + embedding
+
+
+def require_token_adapters(policy: PeftModel) -> None:
+    """Refuse adapters that do more than change what a layer does to each token by itself.
+
+    Raises:
+        NotImplementedError: For prompt learning, activated LoRA and AdaLoRA.
+    """
+    for name in policy.active_adapters:
+        config = policy.peft_config[name]
+        kind = config.peft_type.value
+        refused = None
+        if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+            refused = f"{kind}, which adds tokens to the row"
+        elif getattr(config, "alora_invocation_tokens", None):
+            refused = "activated LoRA, which looks for tokens in the row"
+        elif kind == "ADALORA":
+            refused = "AdaLoRA, whose ranks nothing here updates"
+        if refused is not None:
+            raise NotImplementedError(
+                f"The adapter must be made of layers that act on each token, got {refused}. Use LoRA."
+            )
+
+
+def changes_base(policy: PeftModel) -> str | None:
+    """Why the model with its adapters disabled is not the base that it was, or will not stay it; None if it is."""
+    for name in policy.active_adapters:
+        config = policy.peft_config[name]
+        start = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            return f"`init_lora_weights={start!r}` subtracts the adapter's start from the base"
+        for option, neutral in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None)):
+            value = getattr(config, option, neutral)
+            if value not in (neutral, [], None, {}):
+                return f"`{option}={value!r}` trains parts of the base"
+    prefix = policy.base_model.prefix
+    strays = [n for n, p in policy.named_parameters() if p.requires_grad and prefix not in n and not _is_auxiliary(n)]
+    return f"weights of the base are trainable ({strays[:3]})" if strays else None
+
+
+def loading_changes_base(config: object) -> bool:
+    """Whether loading an adapter with this config would change the base under every other adapter."""
+    start = getattr(config, "init_lora_weights", True)
+    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
+
+
+def trainable_copy(policy: PeftModel) -> list[tuple[nn.Parameter, Tensor]]:
+    """Every trainable parameter with a copy of its value."""
+    return [(p, p.detach().clone()) for p in policy.parameters() if p.requires_grad]
+
+
+def lora_linears(policy: PeftModel, name: str) -> dict[str, LoraLayer]:
+    """LoRA layers that hold the adapter as a product B A, by their name in the policy.
+
+    Raises:
+        NotImplementedError: If the adapter is more than such products.
+    """
+    config = policy.peft_config[name]
+    odd = changes_base(policy)
+    for option in ("use_dora", "lora_bias"):
+        odd = odd or (f"`{option}` is more than a product of two matrices" if getattr(config, option, False) else None)
+    layers = {n: m for n, m in policy.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
+    others = [m for m in policy.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, LoraLayer)]
+    embeddings = [m for m in policy.modules() if isinstance(m, LoraLayer) and name in m.lora_embedding_A]
+    if odd is None and (others or embeddings or any(m.lora_A[name].weight.dim() != 2 for m in layers.values())):
+        odd = "it has layers that are no product of two matrices"
+    if odd is not None:
+        raise NotImplementedError(f"`sync_ref_model` must have a plain LoRA on linear layers, got another: {odd}.")
+    return layers
+
+
+def stack_adapter(policy: PeftModel, peft_config: object) -> str:
+    """A new adapter on a policy whose adapters are frozen and stay in force; returns its name.
+
+    Its weights are in fp32, whatever the base's dtype.
+    """
+    below = list(policy.active_adapters)
+    names = ("default", "dpo", *(f"dpo_{i}" for i in range(2, 100)))
+    name = next(name for name in names if name not in policy.peft_config)
+    policy.add_adapter(name, peft_config)
+    policy.base_model.set_adapter([*below, name])
+    mine = adapter_weights(policy, [name])
+    for other, parameter in policy.named_parameters():
+        parameter.requires_grad_(other in mine)
+        if other in mine:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return name
