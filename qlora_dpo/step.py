@@ -106,7 +106,7 @@ class Step:
 
     def second_stage(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
         """The part's share of the sum of losses, whose gradient is that of the whole."""
-        _set_random_state(part["random_state"])
+        part["random_state"].restore(part["targets"].device)
         router = (ROUTER_LOSS,) if self.router_aux_loss_coef else ()
         tokens = score_batch(model, part, router, self.chunk_size)
         weighted = (part["slopes"] * tokens["token_logps"]).sum()
@@ -121,7 +121,7 @@ class Step:
         found = []
         names = (*STATISTICS, *self.objective.statistics)
         for part in batch.get("parts", [batch]):
-            part["random_state"] = _random_state(part["targets"].device)
+            part["random_state"] = RandomState.of(part["targets"].device)
             with torch.no_grad():
                 found.append(score_batch(model, part, names, self.chunk_size))
         return reference, {name: torch.cat([tokens[name] for tokens in found]) for name in found[0]}
@@ -180,15 +180,23 @@ def _gathered(rows: Tensor) -> tuple[Tensor, int]:
     return torch.cat(parts).to(rows.device), first
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The state of the generators that dropout draws from."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+@dataclass(frozen=True)
+class RandomState:
+    """The state of the generators that dropout draws from. Not a tuple, whose tensors Trainer would move."""
 
+    cpu: Tensor
+    cuda: Tensor | None
 
-def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+    @classmethod
+    def of(cls, device: torch.device) -> "RandomState":
+        """The state now."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def restore(self, device: torch.device) -> None:
+        """Draw again what was drawn from here on."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
 
 
 def save_step_state(step: Step, folder: Path) -> None:

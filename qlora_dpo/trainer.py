@@ -226,10 +226,10 @@ class QLoRADPOTrainer(Trainer):
         sampler_fn = kwargs.get("sampler_fn")
         fills = kwargs.get("is_training") and self.args.world_size > 1 and not self.args.dataloader_drop_last
         if fills and sampler_fn is not None and isinstance(dataset, Dataset):
-            filled = with_fillers(dataset, self._train_batch_size * self.args.world_size)
-            count, seed = len(filled) - len(dataset), self.args.data_seed
-            kwargs["sampler_fn"] = lambda _: FilledSampler(sampler_fn(dataset), len(dataset), count, seed)
-            dataset = filled
+            groups, seed = dataset, self.args.data_seed
+            dataset = with_fillers(groups, self._train_batch_size * self.args.world_size)
+            count = len(dataset) - len(groups)
+            kwargs["sampler_fn"] = lambda _: FilledSampler(sampler_fn(groups), len(groups), count, seed)
         return super()._get_dataloader(dataset, *args, **kwargs)
 
     # ---- what is checked before the first number is used ---------------------------------------------------------
@@ -353,8 +353,10 @@ class QLoRADPOTrainer(Trainer):
         """Score batches without gradient, and count their pairs."""
         model.train()
         with self.compute_loss_context_manager():
-            tables = self.step.first_stage(model, self._prepare_inputs(batches))
-        for batch, table in zip(batches, tables, strict=True):
+            prepared = self._prepare_inputs(batches)
+            tables = self.step.first_stage(model, prepared)
+        for batch, found, table in zip(batches, prepared, tables, strict=True):
+            batch.update(found)
             self._sums.add(table, batch["num_unique_tokens"])
 
     def training_step(
