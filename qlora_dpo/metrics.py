@@ -17,6 +17,7 @@ from qlora_dpo.scores import Scores
 COLUMNS = (
     "loss",
     "items",
+    "aux_loss",
     "reward_chosen",
     "reward_rejected",
     "accuracy",
@@ -56,7 +57,14 @@ def accuracy_and_ties(margins: Tensor) -> tuple[Tensor, Tensor]:
     return (margins > 0).to(margins.dtype) + ties / 2, ties
 
 
-def pair_table(scores: Scores, losses: Tensor, items: Tensor, statistics: Mapping[str, Tensor], beta: float) -> Tensor:
+def pair_table(
+    scores: Scores,
+    losses: Tensor,
+    items: Tensor,
+    statistics: Mapping[str, Tensor],
+    beta: float,
+    aux_loss: Tensor | None = None,
+) -> Tensor:
     """The numbers of every pair, on the device and without gradient.
 
     Args:
@@ -65,6 +73,7 @@ def pair_table(scores: Scores, losses: Tensor, items: Tensor, statistics: Mappin
         items: `(T,)` how much of an item of the mean loss each pair is.
         statistics: `(B,)` sums over tokens of `entropy`, `mean_logits` and `is_top1`.
         beta: Factor of the rewards.
+        aux_loss: The forward's load-balancing loss, if the model has routers.
 
     Returns:
         `(T, len(COLUMNS))`, fp64 where the device has it.
@@ -76,6 +85,7 @@ def pair_table(scores: Scores, losses: Tensor, items: Tensor, statistics: Mappin
     columns = {
         "loss": losses.detach(),
         "items": items,
+        "aux_loss": torch.zeros_like(items) if aux_loss is None else aux_loss.detach().expand_as(items),
         "reward_chosen": rewards[w],
         "reward_rejected": rewards[l],
         "accuracy": accuracy,
@@ -104,6 +114,8 @@ def summarize(sums: Mapping[str, float], pairs: int) -> dict[str, float]:
     shown["logits/chosen"] = sums["logits_chosen"] / sums["tokens_chosen"]
     shown["logits/rejected"] = sums["logits_rejected"] / sums["tokens_rejected"]
     shown["entropy"] = sums["entropy"] / (sums["tokens_chosen"] + sums["tokens_rejected"])
+    if sums["aux_loss"]:
+        shown["aux_loss"] = sums["aux_loss"] / pairs
     shown["mean_token_accuracy"] = sums["top1_chosen"] / sums["tokens_chosen"]
     return shown
 

@@ -59,14 +59,19 @@ class Step:
     def losses(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """`(T,)` losses of a batch's pairs, and its pair table."""
         scores, tokens = self.scores(model, batch)
-        losses = self.objective(scores, self.bco_delta.mean)
-        if self.router_aux_loss_coef:
-            losses = losses + self.router_aux_loss_coef * tokens[ROUTER_LOSS].mean() * self.objective.items(scores)
+        losses = self._with_router(self.objective(scores, self.bco_delta.mean), scores, tokens)
         return losses, self._table(batch, scores, losses, tokens)
+
+    def _with_router(self, losses: Tensor, scores: Scores, tokens: dict[str, Tensor]) -> Tensor:
+        """The losses, with the load-balancing loss of the forward in each item."""
+        if not self.router_aux_loss_coef:
+            return losses
+        return losses + self.router_aux_loss_coef * tokens[ROUTER_LOSS].mean() * self.objective.items(scores)
 
     def _table(self, batch: dict[str, Any], scores: Scores, losses: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         sums = {name: sum_by_completion(tokens[name], batch["lengths"]) for name in STATISTICS}
-        table = pair_table(scores, losses, self.objective.items(scores), sums, self.beta)
+        router = tokens[ROUTER_LOSS].mean() if self.router_aux_loss_coef else None
+        table = pair_table(scores, losses, self.objective.items(scores), sums, self.beta, router)
         if not self.objective.coupled:
             return table
         with torch.no_grad():  # what the losses of a whole data set are computed from
@@ -97,7 +102,7 @@ class Step:
         tables = []
         for batch, score, loss, slope, (_, tokens) in zip(batches, scores, losses, slopes, found, strict=True):
             parts = batch.get("parts", [batch])
-            tables.append(self._table(batch, score, loss, tokens).detach())
+            tables.append(self._table(batch, score, self._with_router(loss, score, tokens), tokens).detach())
             items = self.objective.items(score).sum()
             for part, run in zip(parts, slope.split([len(part["targets"]) for part in parts]), strict=True):
                 part["slopes"], part["loss"] = run, loss.sum() / len(parts)
@@ -119,11 +124,10 @@ class Step:
         """Reference and policy scores, every forward's random state kept."""
         reference = self.reference(model, batch)
         found = []
-        names = (*STATISTICS, *self.objective.statistics)
         for part in batch.get("parts", [batch]):
             part["random_state"] = RandomState.of(part["targets"].device)
             with torch.no_grad():
-                found.append(score_batch(model, part, names, self.chunk_size))
+                found.append(score_batch(model, part, self._statistics, self.chunk_size))
         return reference, {name: torch.cat([tokens[name] for tokens in found]) for name in found[0]}
 
     def _alone(self, scores: Sequence[Scores], leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

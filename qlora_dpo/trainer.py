@@ -488,6 +488,7 @@ class QLoRADPOTrainer(Trainer):
         metrics = records.metrics() | {"num_tokens": self._tokens_seen()}
         if self.step.objective.coupled:
             metrics["loss"] = self.step.of_sides(torch.from_numpy(records.sides())).mean().item()
+            metrics["loss"] += self.step.router_aux_loss_coef * metrics.get("aux_loss", 0.0)
         prediction = EvalPrediction(
             predictions=(records.column("reward_chosen"), records.column("reward_rejected")), label_ids=records.rows()
         )

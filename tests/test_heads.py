@@ -1,0 +1,167 @@
+"""Heads and routers other than plain: adapted, quantised, tied and padded heads, mixtures of experts."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
+from qlora_dpo.forward import ROUTER_LOSS, install_scoring, score_batch
+from qlora_dpo.layouts import LAYOUTS, Group, make_batch
+from qlora_dpo.losses import dpo_loss
+from qlora_dpo.reference import make_reference
+
+from reference_impl import completion_logps, pair_loss
+from tiny_chat import build_tiny_llama, chat_row
+from tiny_models import build
+
+BETA = 0.3
+PROMPTS = [[9, 12, 14], [10]]
+COMPLETIONS = [[[10, 11, 8, 2], [13, 9, 2], [7, 2]], [[5, 6, 2], [8, 9, 10, 11, 2]]]
+PAIRS = [[(0, 1), (0, 2)], [(1, 0)]]
+GROUPS = [Group(p, c, pairs, i) for i, (p, c, pairs) in enumerate(zip(PROMPTS, COMPLETIONS, PAIRS, strict=True))]
+
+
+def quantised_head(tokenizer, folder):
+    """A Llama whose head is 4-bit too."""
+    build_tiny_llama(tokenizer).save_pretrained(folder)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["nothing"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+    assert type(model.lm_head).__name__ == "Linear4bit"
+    return model
+
+
+MODELS = {
+    "lora on the head": (lambda t, _: build_tiny_llama(t), {"target_modules": ["q_proj", "lm_head"]}),
+    "lora on head and embeddings": (lambda t, _: build_tiny_llama(t), {"target_modules": ["embed_tokens", "lm_head"]}),
+    "whole head trained": (
+        lambda t, _: build_tiny_llama(t),
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "tokens trained, head tied": (
+        lambda t, _: build_tiny_llama(t, tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "trainable_token_indices": [8, 9]},
+    ),
+    "4-bit head": (quantised_head, {"target_modules": ["q_proj"]}),
+    "lora on a 4-bit head": (quantised_head, {"target_modules": ["q_proj", "lm_head"]}),
+    "tied embeddings": (lambda t, _: build_tiny_llama(t, tie_word_embeddings=True), {"target_modules": ["q_proj"]}),
+    "tied bf16 embeddings": (
+        lambda t, _: build_tiny_llama(t, tie_word_embeddings=True).bfloat16(),
+        {"target_modules": ["q_proj"]},
+    ),
+    "padded vocabulary": (lambda t, _: padded_vocabulary(t), {"target_modules": ["q_proj"]}),
+}
+
+
+def padded_vocabulary(tokenizer):
+    """Rows of the head beyond the tokenizer's vocabulary, which take part in the softmax."""
+    model = build_tiny_llama(tokenizer)
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    assert model.lm_head.out_features > len(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[len(tokenizer) :].normal_()
+    return model
+
+
+def naive(policy, reference):
+    """Log-probs and the gradient of the mean loss, one sequence at a time through the model's own logits."""
+    pi = [completion_logps(policy, g.prompt_ids, g.completion_ids) for g in GROUPS]
+    losses, first = [], 0
+    for group, logps in zip(GROUPS, pi, strict=True):
+        for w, l in group.pairs:
+            ref = reference[first + w], reference[first + l]
+            losses.append(pair_loss("sigmoid", logps[w], logps[l], *ref, 1, 1, BETA))
+        first += len(group.completion_ids)
+    return torch.cat(pi).detach(), gradient(policy, torch.stack(losses).mean())
+
+
+def gradient(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten().float() for p in policy.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_head_equals_the_models_own_logits_in_values_and_gradients(name, chunk_size, tokenizer, tmp_path):
+    """fp32: log-probs to 1e-5 of their size, gradients to 1e-4 of their norm; bf16 weights compute in bf16."""
+    make, lora = MODELS[name]
+    torch.manual_seed(0)
+    model = make(tokenizer, tmp_path)
+    policy = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **lora)).train()
+    coarse = 2e-2 if model.dtype is torch.bfloat16 else None
+    reference = make_reference("initial", policy)
+    install_scoring(policy.get_base_model())
+    with torch.no_grad():
+        ref = torch.cat([completion_logps(policy, g.prompt_ids, g.completion_ids) for g in GROUPS]) - torch.tensor(
+            [0.5, -0.25, 0.1, 0.3, -0.2]
+        )
+    logps, grad = naive(policy, ref)
+    for layout in LAYOUTS:
+        batch = make_batch(GROUPS, layout)
+        scored = score_batch(policy, batch, chunk_size=chunk_size)["logps"]
+        assert torch.equal(reference(policy, batch)["logps"], score_batch(policy, batch)["logps"].detach())
+        assert ((scored - logps).abs() / logps.abs()).max() < (coarse or 1e-5), layout
+        losses, _ = dpo_loss(scored, ref, batch["yw_idxs"], batch["yl_idxs"], BETA)
+        found = gradient(policy, losses.mean())
+        assert (found - grad).norm() < (coarse or 1e-4) * grad.norm(), layout
+        assert grad.norm() > 1e-3
+
+
+# ---- mixtures of experts ---------------------------------------------------------------------------------------------
+
+
+def moe_run(trainer_class, config_class, tokenizer, folder, name, **options):
+    """Three steps of a tiny mixture of experts; the log lines."""
+    model = build(name)
+    torch.manual_seed(1)
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    args = config_class(
+        output_dir=str(folder), bf16=False, use_cpu=True, max_length=None, max_steps=3, per_device_train_batch_size=4,
+        learning_rate=1e-2, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, **options,
+    )  # fmt: skip
+    rows = Dataset.from_list([chat_row(seed) for seed in range(12)])
+    trainer = trainer_class(model=policy, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_router_loss_is_that_of_trl_in_padded_rows(tokenizer, tmp_path, name):
+    """Loss and gradient norm to 1e-4 over three steps; the coefficient is large enough to show."""
+    trl = pytest.importorskip("trl")
+    run = {"tokenizer": tokenizer, "name": name, "router_aux_loss_coef": 0.5}
+    theirs = moe_run(trl.DPOTrainer, trl.DPOConfig, folder=tmp_path / "trl", **run)
+    ours = moe_run(QLoRADPOTrainer, QLoRADPOConfig, folder=tmp_path / "ours", batch_layout="padded", **run)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert mine["aux_loss"] == pytest.approx(other["aux_loss"], rel=1e-4)
+    assert ours[0]["loss"] > 0.6931 + 0.5
+
+
+def test_the_router_loss_over_unique_tokens_differs_by_little_and_is_the_models_own_on_them(tokenizer):
+    """In `tree` the prompt's tokens count once: another estimate of the same balance. Measured here: MEASURED."""
+    model = build("mixtral")
+    install_scoring(model)
+    found = {}
+    with torch.no_grad():
+        for layout in LAYOUTS:
+            batch = make_batch(GROUPS, layout)
+            found[layout] = score_batch(model, batch, (ROUTER_LOSS,))[ROUTER_LOSS].item()
+        rows = make_batch(GROUPS, "padded")
+        own = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], output_router_logits=True)
+    assert found["padded"] == pytest.approx(own.aux_loss.item(), rel=1e-6)
+    assert found["tree"] != found["padded"]
+    assert found["tree"] == pytest.approx(found["padded"], rel=0.1)
+
+
+def test_the_coefficient_of_the_models_config_is_the_default(tokenizer, tmp_path):
+    run = {"trainer_class": QLoRADPOTrainer, "config_class": QLoRADPOConfig, "tokenizer": tokenizer, "name": "mixtral"}
+    default = moe_run(folder=tmp_path, **run)
+    off = moe_run(folder=tmp_path, router_aux_loss_coef=0.0, **run)
+    assert default[0]["loss"] > off[0]["loss"]
+    assert "aux_loss" not in off[0]
