@@ -4,17 +4,23 @@ All of it without gradient, on the longest and the shortest group of the data.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from qlora_dpo.forward import noise_off, score_batch, to_device
-from qlora_dpo.layouts import Group, make_batch
+from qlora_dpo.layouts import Group, group_of, make_batch
 from qlora_dpo.logps import widen
 from qlora_dpo.reference import Reference
+
+SAMPLE = 2048
+STREAM_SAMPLE = 16
+"""Groups among which the longest is looked for, of a data set and of a stream, to prove the layout on."""
 
 
 def extreme_groups(groups: Iterable[Group]) -> list[Group]:
@@ -236,3 +242,41 @@ def require_margin(margin: float, allowed: float) -> None:
             else "Delete the file of the cache."
         )
     )
+
+
+def sample_groups(dataset: Any) -> list[Group]:
+    """The longest and the shortest of the first groups of a data set, or of the first of several.
+
+    Raises:
+        ValueError: If a stream has none.
+    """
+    if isinstance(dataset, Mapping):
+        dataset = next(iter(dataset.values()))
+    if isinstance(dataset, IterableDataset):
+        rows = list(dataset.take(STREAM_SAMPLE))
+    else:
+        rows = list(dataset.select(range(min(len(dataset), SAMPLE))))
+    if not rows:
+        raise ValueError("The stream must keep at least one row, got none. Check its rows and `max_length`.")
+    return extreme_groups(group_of(row) for row in rows)
+
+
+def prove_model(
+    model: nn.Module, groups: Sequence[Group], asked: str, max_length: int | None, device: torch.device
+) -> tuple[str, LayoutProof | None]:
+    """Check a model's vocabulary and logits on some groups, and choose the layout.
+
+    Args:
+        model: A model prepared by `install_scoring`, bare or with adapters.
+        groups: The longest group at hand and a short one.
+        asked: The option `batch_layout`.
+        max_length: Most tokens of any sequence; None for no limit.
+        device: The model's device.
+
+    Returns:
+        The layout, and its proof (None for `padded`).
+    """
+    check_vocabulary(model.get_input_embeddings().weight.shape[0], groups)  # type: ignore[operator, union-attr]
+    check_logit_rule(model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
+    span = attention_span(model.config.get_text_config())  # type: ignore[operator]
+    return choose_layout(model, beyond_window(groups, span, max_length), asked, device)

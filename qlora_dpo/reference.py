@@ -4,13 +4,10 @@ The reference pass runs before the policy's, so its activations never sit on top
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -32,18 +29,14 @@ from qlora_dpo.adapters import (
     weights_replaced,
 )
 from qlora_dpo.averaging import Factors, averaged, recompressed
-from qlora_dpo.cache import LogpsCache, default_cache_path, weights_fingerprint
+from qlora_dpo.cache import weights_fingerprint
 from qlora_dpo.forward import install_scoring, noise_off, score_batch
-from qlora_dpo.logps import sum_by_completion
 from qlora_dpo.model import check_path, is_quantized, keep_one_arithmetic, load_base
 
 REFERENCES = ("auto", "base", "initial", "none")
 """What the option `reference` names; anything else is a path or id."""
 ADAPTER_NAME = "reference"
 """Name of a reference adapter that is loaded beside the policy's."""
-
-_WITHOUT_EFFECT = ("_name_or_path", "architectures", "transformers_version", "use_cache", "id2label", "label2id")
-"""Entries of a model's config that decide no log-probability."""
 
 
 class Reference(Protocol):
@@ -292,39 +285,6 @@ class GivenReference:
         return self.otherwise.weights()
 
 
-class CachedReference:
-    """Another reference whose log-probabilities are kept on disk, a value per token, and computed once.
-
-    Attributes:
-        misses: Completions that were computed so far.
-    """
-
-    def __init__(self, live: Reference, cache: LogpsCache, identity: str) -> None:
-        self.live, self.cache, self.identity = live, cache, identity
-        self.kind, self.source = live.kind, live.source
-        self.description = f"{live.description}, cached on disk"
-        self.misses = 0
-
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The cached values; a batch with a completion that is not cached is computed, and kept."""
-        keys, lengths = batch["keys"], batch["lengths"]
-        found = self.cache.get(self.identity, keys)
-        missing = [i for i, value in enumerate(found) if value is None or len(value) != lengths[i]]
-        if missing:
-            self.misses += len(missing)
-            computed = self.live(model, batch)["token_logps"]
-            runs = [run.cpu().numpy() for run in computed.split(lengths)]
-            self.cache.put(self.identity, [keys[i] for i in missing], [runs[i] for i in missing])
-            for i in missing:
-                found[i] = runs[i]
-        token_logps = torch.from_numpy(np.concatenate([v for v in found if v is not None])).to(batch["yw_idxs"].device)
-        return {"logps": sum_by_completion(token_logps, lengths), "token_logps": token_logps}
-
-    def weights(self) -> dict[str, Tensor]:
-        """Those of the reference behind it."""
-        return self.live.weights()
-
-
 def _adapter_identity(policy: PeftModel, names: list[str]) -> dict[str, Tensor]:
     """Tensors of adapters and their scalings, whatever the adapters are called."""
 
@@ -354,28 +314,22 @@ def fingerprint(reference: Reference) -> str:
     return weights_fingerprint(tensors())
 
 
-def cached_reference(live: Reference, path: str | None, mixed_precision: str) -> CachedReference:
-    """A reference whose log-probabilities are kept on disk under what decides them and nothing else.
-
-    That is its weights (quantised as they are), the config that says how they are used, and the precision of the
-    computation; the tokens of prompt and completion are the key of each value.
+def with_given(reference: Reference, asked: str) -> GivenReference:
+    """The data set's own log-probabilities in place of a reference, which stays for sets without them.
 
     Args:
-        live: What computes the values that are missing.
-        path: File of the cache; None for the default one.
-        mixed_precision: `bf16`, `fp16` or `no`.
+        reference: What would be the reference.
+        asked: The option `reference`.
 
     Raises:
-        ValueError: If there is nothing to keep.
+        ValueError: If another reference was asked for.
     """
-    if isinstance(live, NoReference):
-        raise ValueError("`precompute_ref_log_probs` must be False without a reference, got True. Set it to False.")
-    owner = live.otherwise if isinstance(live, GivenReference) else live
-    model = owner.model if isinstance(owner, ModelReference) else owner.policy  # type: ignore[attr-defined]
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _WITHOUT_EFFECT}
-    described = json.dumps([fingerprint(live), config, mixed_precision], sort_keys=True, default=str)
-    identity = hashlib.sha256(described.encode()).hexdigest()
-    return CachedReference(live, LogpsCache(path or default_cache_path()), identity)
+    if asked != "auto" or reference.kind in ("model", "average", "none"):
+        raise ValueError(
+            f"`reference` must be 'auto' with a column `ref_logps`, which takes its place, got "
+            f"'{reference.description}'. Drop one of them."
+        )
+    return GivenReference(reference)
 
 
 def starts_at(reference: Reference, policy: PeftModel) -> bool:

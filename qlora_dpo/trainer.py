@@ -1,7 +1,6 @@
 """`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
 
 import contextlib
-import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,8 +11,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import (
     BitsAndBytesConfig,
     EvalPrediction,
@@ -46,39 +43,17 @@ from qlora_dpo.data import (
     value_columns,
 )
 from qlora_dpo.evaluation import PairRecords
-from qlora_dpo.forward import disable_dropout, install_scoring, to_device
-from qlora_dpo.layouts import Group, GroupCollator, group_of
+from qlora_dpo.forward import disable_dropout, install_scoring
+from qlora_dpo.layouts import Group, GroupCollator
 from qlora_dpo.metrics import RunningSums, preference_metrics, summarize
 from qlora_dpo.model import keep_one_arithmetic, load_trained
 from qlora_dpo.objective import check_columns
-from qlora_dpo.proof import (
-    LayoutProof,
-    attention_span,
-    beyond_window,
-    check_logit_rule,
-    check_vocabulary,
-    choose_layout,
-    extreme_groups,
-    prove_layout,
-    require_margin,
-    start_margin,
-)
+from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
+from qlora_dpo.proof import LayoutProof, prove_layout, prove_model, require_margin, sample_groups, start_margin
 from qlora_dpo.record import check_same_reference, write_record
-from qlora_dpo.reference import (
-    AverageReference,
-    CachedReference,
-    GivenReference,
-    ModelReference,
-    Reference,
-    cached_reference,
-    starts_at,
-)
+from qlora_dpo.reference import AverageReference, ModelReference, Reference, starts_at, with_given
 from qlora_dpo.sampling import FilledSampler, with_fillers
 from qlora_dpo.step import Step, load_step_state, save_step_state
-
-PROOF_SAMPLE = 2048
-PROOF_STREAM_SAMPLE = 16
-"""Groups among which the longest is looked for, of a data set and of a stream, to prove the layout on."""
 
 
 class QLoRADPOTrainer(Trainer):
@@ -177,7 +152,9 @@ class QLoRADPOTrainer(Trainer):
                 "per GPU with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.data_collator.max_tokens = args.max_tokens_per_forward
-        self._use_given_log_probs()
+        sets = [self.train_dataset, *as_named(self.eval_dataset).values()]
+        if any(one is not None and "ref_logps" in (one.column_names or []) for one in sets):
+            self.step.reference, self.starts_at_reference = with_given(reference, args.reference), False
         if isinstance(reference, AverageReference):
             self._sync = SyncReference(reference, args.ref_model_sync_steps)
             self.add_callback(self._sync)
@@ -208,19 +185,6 @@ class QLoRADPOTrainer(Trainer):
             return {name: self._prepared(one, name, args) for name, one in dataset.items()}
         return self._prepared(dataset, "eval", args)
 
-    def _use_given_log_probs(self) -> None:
-        """Let the data set's own reference log-probabilities stand in for the reference."""
-        sets = [self.train_dataset, *as_named(self.eval_dataset).values()]
-        if not any(one is not None and "ref_logps" in (one.column_names or []) for one in sets):
-            return
-        if self.args.reference != "auto" or self.step.reference.kind in ("model", "average", "none"):
-            raise ValueError(
-                f"`reference` must be 'auto' with a column `ref_logps`, which takes its place, got "
-                f"'{self.step.reference.description}'. Drop one of them."
-            )
-        self.step.reference = GivenReference(self.step.reference)
-        self.starts_at_reference = False
-
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s, with fillers instead of repeated groups where several processes train."""
         sampler_fn = kwargs.get("sampler_fn")
@@ -240,23 +204,16 @@ class QLoRADPOTrainer(Trainer):
         return self.step.reference
 
     def _prove(self) -> None:
-        """Check the model's logits and vocabulary, choose the layout, and open the cache of the reference, once."""
+        """Check models and vocabulary, choose the layout, and open the cache of the reference, once."""
         if self._proven:
             return
-        groups, device = extreme_groups(self._some_groups()), self.args.device
-        models = [self.model]
-        if isinstance(self.reference, ModelReference):
-            models.append(self.reference.placed_on(device))
-        layout = self.args.batch_layout
+        groups, device, asked = self._sample(), self.args.device, self.args.batch_layout
         with self.accelerator.autocast():
-            for model in models:
-                embeddings = model.get_input_embeddings().weight.shape[0]
-                check_vocabulary(embeddings, groups)
-                check_logit_rule(model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
-                span = attention_span(model.config.get_text_config())
-                probe = beyond_window(groups, span, self.args.max_length)
-                layout, proof = choose_layout(model, probe, layout, device)
-                self.layout_proof = self.layout_proof if model is not self.model else proof
+            layout, self.layout_proof = prove_model(self.model, groups, asked, self.args.max_length, device)
+            if isinstance(self.reference, ModelReference):
+                other = self.reference.placed_on(device)
+                asked = asked if layout == "tree" else layout
+                layout, _ = prove_model(other, groups, asked, self.args.max_length, device)
         self.data_collator.layout = layout
         if self.args.precompute_ref_log_probs:
             precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
@@ -268,56 +225,35 @@ class QLoRADPOTrainer(Trainer):
         if self._start_checked:
             return
         self._start_checked = True
-        groups, layout = extreme_groups(self._some_groups()), self.data_collator.layout
-        exact = not isinstance(self.reference, CachedReference)
+        args, groups, layout = self.args, self._sample(), self.data_collator.layout
         with self.accelerator.autocast():
-            margin = start_margin(
-                self.model, self.reference, groups, layout, self.args.device, self.args.logps_chunk_size
-            )
+            margin = start_margin(self.model, self.reference, groups, layout, args.device, args.logps_chunk_size)
             if self.starts_at_reference:
-                allowed = 0.0 if exact else prove_layout(self.model, groups, layout, self.args.device).tolerance
-                require_margin(margin, allowed)
-        if self.args.process_index == 0:
-            print(
-                f"policy: {describe(self.model)}\nreference: {self.reference.description}\n"
-                f"largest step-0 margin: {margin:.3g} nats" + (" (exactly 0)" if margin == 0 else ""),
-                file=sys.stderr,
-            )
+                rounds = isinstance(self.reference, CachedReference)
+                proof = prove_layout(self.model, groups, layout, args.device) if rounds else None
+                require_margin(margin, 0.0 if proof is None else proof.tolerance)
+        if args.process_index == 0:
+            exactly = " (exactly 0)" if margin == 0 else ""
+            lines = [f"policy: {describe(self.model)}", f"reference: {self.reference.description}"]
+            print(*lines, f"largest step-0 margin: {margin:.3g} nats{exactly}", sep="\n", file=sys.stderr)
 
-    def _some_groups(self) -> list[Group]:
-        """The first groups of the data at hand.
-
-        Raises:
-            ValueError: If a stream has none.
-        """
-        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        if isinstance(dataset, Mapping):
-            dataset = next(iter(dataset.values()))
-        if isinstance(dataset, IterableDataset):
-            rows = list(dataset.take(PROOF_STREAM_SAMPLE))
-        else:
-            rows = list(dataset.select(range(min(len(dataset), PROOF_SAMPLE))))
-        if not rows:
-            raise ValueError("The stream must keep at least one row, got none. Check its rows and `max_length`.")
-        return [group_of(row) for row in rows]
+    def _sample(self) -> list[Group]:
+        """A long and a short group of the data at hand."""
+        return sample_groups(self.eval_dataset if self.train_dataset is None else self.train_dataset)
 
     def precompute_reference(self) -> None:
         """Score all data under the reference, where it is kept on disk; what is there already is not scored again."""
-        loaders = [] if self.train_dataset is None else [self._reference_loader(self.train_dataset)]
-        loaders += [self._reference_loader(one) for one in as_named(self.eval_dataset).values() if one is not None]
+        args, reference = self.args, self.reference
+        if not isinstance(reference, CachedReference):
+            raise RuntimeError(
+                "The reference must be kept on disk to be computed before. Set precompute_ref_log_probs."
+            )
+        sets = [one for one in (self.train_dataset, *as_named(self.eval_dataset).values()) if one is not None]
+        size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        share = (args.process_index, args.world_size)
         with self.compute_loss_context_manager():
-            for batch in tqdm(itertools.chain(*loaders), desc="Reference", disable=self.args.disable_tqdm):
-                for piece in batch["pieces"]:
-                    self.reference(self.model, to_device(piece, self.args.device))
+            precompute(reference, self.model, sets, self.data_collator, size, args.device, share, args.disable_tqdm)
         self.accelerator.wait_for_everyone()
-
-    def _reference_loader(self, dataset: Any) -> Any:
-        """This process's share of a data set, in data order."""
-        if isinstance(dataset, IterableDataset):
-            raise ValueError("`precompute_ref_log_probs` must be False for a stream, whose end is not known, got True.")
-        share = dataset.shard(self.args.world_size, self.args.process_index)
-        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        return DataLoader(share.with_format(None), batch_size=size, collate_fn=self.data_collator)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, after the checks on logits, layout and start."""

@@ -15,7 +15,7 @@ LAYERS = [
     {"config"},
     {"model", "forward"},
     {"reference"},
-    {"record", "arguments", "proof", "step", "callbacks"},
+    {"record", "arguments", "proof", "precomputed", "step", "callbacks"},
     {"evaluation", "trainer"},
     {"demo"},
     {"cli"},
