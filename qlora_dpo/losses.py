@@ -8,6 +8,7 @@ are in `RANGES`, and a value outside raises `ValueError`.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +19,14 @@ from torch import Tensor
 from qlora_dpo.scores import Scores
 
 RANGES: dict[str, tuple[str, Callable[[float], bool], str]] = {
-    "beta": ("be above 0", lambda v: v > 0, "0.1 is usual."),
+    "beta": ("be above 0 and finite", lambda v: 0 < v < math.inf, "0.1 is usual."),
     "label_smoothing": ("be in [0, 0.5)", lambda v: 0 <= v < 0.5, "It is the share of labels that are flipped."),
     "discopop_tau": ("be in (0, 1]", lambda v: 0 < v <= 1, "The paper has 0.05."),
-    "simpo_gamma": ("be 0 or more", lambda v: v >= 0, "0.5 is usual."),
-    "orpo_lambda": ("be above 0", lambda v: v > 0, "0.1 is usual."),
-    "cpo_alpha": ("be 0 or more", lambda v: v >= 0, "The paper has 1."),
-    "dpop_lambda": ("be 0 or more", lambda v: v >= 0, "The paper has 50."),
-    "bco_delta": ("be finite", lambda v: abs(v) < float("inf"), "It is a mean of rewards."),
+    "simpo_gamma": ("be finite and 0 or more", lambda v: 0 <= v < math.inf, "0.5 is usual."),
+    "orpo_lambda": ("be above 0 and finite", lambda v: 0 < v < math.inf, "0.1 is usual."),
+    "cpo_alpha": ("be finite and 0 or more", lambda v: 0 <= v < math.inf, "The paper has 1."),
+    "dpop_lambda": ("be finite and 0 or more", lambda v: 0 <= v < math.inf, "The paper has 50."),
+    "bco_delta": ("be finite", math.isfinite, "It is a mean of rewards."),
 }
 """What each hyperparameter must be, the test of it, and advice."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -238,4 +239,8 @@ def load_trained(policy: PeftModel, folder: str) -> None:
     """Put the trained adapter that was saved in a folder into the policy; nothing else changes."""
     for name in trained_adapters(policy):
         where = folder if name == "default" else str(Path(folder, name))
+        if not any(Path(where, file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            raise FileNotFoundError(
+                f"A checkpoint must hold the adapter's weights, got none in {where}. Check the path."
+            )
         set_peft_model_state_dict(policy, load_peft_weights(where, device="cpu"), adapter_name=name)

@@ -32,15 +32,15 @@ POOLED = ("aot", "aot_unpaired", "sft")
 NOT_OF_PAIRS = ("aot", "aot_unpaired", "sft", "plackett_luce")
 """Losses whose items are no pairs: quantiles, tokens, groups."""
 
-_EXPONENT = 80.0
-"""Largest exponent of an f-divergence: exp(80) is finite in fp32, exp(89) is not."""
+_EXPONENT = 40.0
+"""Largest exponent of an f-divergence: the square of exp(40), which `ipo` takes, is finite in fp32."""
 
 
 def divergence_scores(logratios: Tensor, kind: str, alpha: float) -> Tensor:
     """f'(pi / ref) of each completion, up to a constant: what takes the place of the log-ratio in f-DPO.
 
     reverse_kl: h; forward_kl: 1 - exp(-h); js_divergence: log 2 + log s(h); alpha_divergence:
-    (exp((alpha - 1) h) - 1) / (alpha - 1), with h as its limit at alpha = 1. Exponents are held at 80.
+    (exp((alpha - 1) h) - 1) / (alpha - 1), with h as its limit at alpha = 1. Exponents are held at 40.
 
     Hand check: h = 0 gives 0 for all four; forward_kl of h = -log 3 is 1 - 3 = -2.
 
@@ -113,7 +113,7 @@ def on_policy_weights(scores: Scores) -> Tensor:
     """
     assert scores.pi_token_logps is not None
     assert scores.pi_log_sum_sq_probs is not None
-    aligned = scores.pi_token_logps.detach() - scores.pi_log_sum_sq_probs
+    aligned = scores.pi_token_logps.detach() - scores.pi_log_sum_sq_probs.detach()
     means = sum_by_completion(aligned, scores.lengths.tolist()) / scores.lengths
     w, l = scores.sides(means)
     return torch.exp(w + l)
@@ -254,6 +254,10 @@ def make_objective(
         raise ValueError(
             f"`loss_weights` must be one number for each of {list(names)}, got {list(weights)}. Add or remove some."
         )
+    if "bco_delta" in hyperparameters:
+        raise ValueError(
+            "`bco_delta` must be left out, got one: it is 0, or with `bco_running_mean` a mean of rewards."
+        )
     for name, value in hyperparameters.items():
         check_range(name, value)
     objective = Objective(names, weights, hyperparameters, **modifiers)
@@ -348,5 +352,14 @@ def check_columns(objective: Objective, columns: Sequence[str], label_smoothing:
                 f"`label_smoothing` must be 0 with a column `label_probs`, which takes its place, got "
                 f"{label_smoothing}. Drop one."
             )
+    if "offsets" in columns and "odpo" not in objective.losses:
+        raise ValueError(
+            f"A column `offsets` must go with loss_type='odpo', which uses it, got {list(objective.losses)}. Remove "
+            "the column, or use that loss."
+        )
+    if "ref_logps" in columns and objective.ld_alpha is not None:
+        raise ValueError(
+            "`ld_alpha` must be None with a column `ref_logps`, got both: it needs a value for each token."
+        )
     if "odpo" in objective.losses and "offsets" not in columns:
         raise ValueError("loss_type='odpo' must have an offset for each pair, got none. Add an `offsets` column.")

@@ -123,6 +123,14 @@ def decoded(value: Any) -> Any:
     return json.loads(value) if value.strip() else None
 
 
+def _decoded_or_text(value: Any) -> Any:
+    """The value, decoded if it is JSON text."""
+    try:
+        return decoded(value)
+    except json.JSONDecodeError:
+        return value
+
+
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with `role` and `content`; ShareGPT's `from` and `value` are recognised."""
     if message.get("from") is not None:
@@ -172,9 +180,10 @@ def _pairs_of(row: Mapping[str, Any], count: int, strategy: str) -> list[tuple[i
 def _pair_values(row: Mapping[str, Any], name: str, count: int, ordered: bool) -> list[float]:
     """A number for each pair: one for the row, or a list in the order of its pairs."""
     rule, holds, _ = PAIR_VALUES[name]
-    value = decoded(row[name])
-    values = [value] * count if not isinstance(value, Sequence) else list(value)
-    if isinstance(value, Sequence) and (not ordered or len(values) != count):
+    value = _decoded_or_text(row[name])
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values = list(value) if several else [value] * count
+    if several and (not ordered or len(values) != count):
         each = f", or one for each of the {count} pairs" if ordered else " where pairs are derived"
         raise ValueError(f"`{name}` must be one number{each}, got {len(values)} numbers. Correct the row.")
     for number in values:
@@ -186,7 +195,7 @@ def _pair_values(row: Mapping[str, Any], name: str, count: int, ordered: bool) -
 def _given_ref_logps(row: Mapping[str, Any], count: int) -> list[float] | None:
     """Given reference log-probabilities: `ref_logps`, or TRL's `ref_chosen_logps` and `ref_rejected_logps`."""
     sides = [row.get(name) for name in ("ref_chosen_logps", "ref_rejected_logps")]
-    given = decoded(row["ref_logps"]) if "ref_logps" in row else None
+    given = _decoded_or_text(row.get("ref_logps"))
     if given is None and sides != [None, None] and "completions" not in row:
         given = sides
     if given is None:
@@ -224,10 +233,7 @@ def _prompted(row: Mapping[str, Any], chosen: Text, rejected: Text) -> Text | No
 
 def _list(value: Any, name: str) -> list[Any]:
     """A column that holds a list, perhaps as JSON text."""
-    try:
-        found = decoded(value)
-    except json.JSONDecodeError:
-        found = value
+    found = _decoded_or_text(value)
     if isinstance(found, str) or not isinstance(found, Sequence):
         raise ValueError(f"`{name}` must be a list, got {type(found).__name__}. Convert the column.")
     return list(found)

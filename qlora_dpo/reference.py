@@ -129,6 +129,7 @@ class InitialReference(_LiveReference):
 
     def in_force(self) -> contextlib.AbstractContextManager[None]:
         """The weights of the start."""
+        self.start = [(parameter, value.to(parameter.device)) for parameter, value in self.start]
         return weights_replaced(self.start)
 
     def weights(self) -> dict[str, Tensor]:
@@ -175,7 +176,9 @@ class AverageReference(_LiveReference):
     def update(self) -> float:
         """Move towards the policy; returns the largest relative error of a recompression."""
         worst = 0.0
-        for path, before in self._change.items():
+        for path, change in self._change.items():
+            device = self.layers[path].lora_A[self.name].weight.device  # which may be another than at the start
+            before = None if change is None else (change[0].to(device), change[1].to(device))
             self._change[path], error = recompressed(averaged(before, self._of_policy(path), self.alpha), self.max_rank)
             worst = max(worst, error)
         self.updates += 1

@@ -234,8 +234,8 @@ class QLoRADPOTrainer(Trainer):
                 require_margin(margin, 0.0 if proof is None else proof.tolerance)
         if args.process_index == 0:
             exactly = " (exactly 0)" if margin == 0 else ""
-            lines = [f"policy: {describe(self.model)}", f"reference: {self.reference.description}"]
-            print(*lines, f"largest step-0 margin: {margin:.3g} nats{exactly}", sep="\n", file=sys.stderr)
+            parts = [f"policy: {describe(self.model)}", f"reference: {self.reference.description}"]
+            print(*parts, f"largest step-0 margin: {margin:.3g} nats{exactly}", sep="; ", file=sys.stderr)
 
     def _sample(self) -> list[Group]:
         """A long and a short group of the data at hand."""

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,59 @@ def test_the_package_runs_as_a_module():
     shown = subprocess.run([sys.executable, "-m", "qlora_dpo", "--help"], capture_output=True, text=True, check=True)
     assert "qlora-dpo COMMAND" in shown.stdout
     assert Path(sys.executable).exists()
+
+
+# ---- adapters that go on, and adapters on adapters -------------------------------------------------------------------
+
+
+def trained_in(folder, base_folder, rows_file, *words):
+    assert main([*train_words(base_folder, rows_file, folder), "--learning_rate", "1e-2", *words]) == 0
+    return str(folder)
+
+
+def evaluated(adapter, rows_file, *words):
+    split = ["--dataset_test_split", "train[8:]"]
+    assert main(["evaluate", "--adapter", adapter, "--dataset_name", rows_file, *split, *QUICK, *words]) == 0
+    return json.loads(Path(adapter, "evaluation", "metrics.json").read_text())
+
+
+def test_an_adapter_that_was_continued_is_evaluated_against_its_start(base_folder, rows_file, tmp_path, capsys):
+    sft = trained_in(tmp_path / "sft", base_folder, rows_file)
+    again = trained_in(tmp_path / "again", sft, rows_file)
+    record = json.loads(Path(again, "qlora_dpo.json").read_text())
+    assert (record["reference"], record["reference_source"]) == ("initial", sft)
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The reference")
+        found = evaluated(again, rows_file)
+    expected = json.loads(Path(again, "metrics.json").read_text())["after"]
+    assert found["eval_rewards/margins"] == pytest.approx(expected["eval_rewards/margins"], rel=1e-4)
+    assert evaluated(again, rows_file, "--reference", "base")["eval_rewards/margins"] != pytest.approx(
+        expected["eval_rewards/margins"], rel=1e-2
+    )
+
+
+def test_a_reference_adapter_that_has_changed_is_warned_about(base_folder, rows_file, tmp_path):
+    sft = trained_in(tmp_path / "sft", base_folder, rows_file)
+    again = trained_in(tmp_path / "again", sft, rows_file)
+    trained_in(tmp_path / "sft", base_folder, rows_file, "--max_steps", "3")
+    with pytest.warns(UserWarning, match="has changed since the adapter was trained"):
+        evaluated(again, rows_file)
+
+
+def test_a_stacked_adapter_is_evaluated_on_the_one_below_it(base_folder, rows_file, tmp_path):
+    sft = trained_in(tmp_path / "sft", base_folder, rows_file)
+    top = trained_in(tmp_path / "top", sft, rows_file, "--new_adapter", "true", "--lora_r", "2")
+    record = json.loads(Path(top, "qlora_dpo.json").read_text())
+    assert (record["reference"], record["stacked_on"], record["reference_source"]) == ("adapter", sft, sft)
+    found = evaluated(top, rows_file)
+    expected = json.loads(Path(top, "metrics.json").read_text())["after"]
+    assert found["eval_rewards/margins"] == pytest.approx(expected["eval_rewards/margins"], rel=1e-4)
+    assert found["eval_logps/chosen"] == pytest.approx(expected["eval_logps/chosen"], rel=1e-5)
+
+
+def test_a_reference_that_was_in_memory_only_is_asked_for(base_folder, rows_file, tmp_path, capsys):
+    adapter = trained_in(tmp_path / "moving", base_folder, rows_file, "--sync_ref_model", "true")
+    assert main(["evaluate", "--adapter", adapter, "--dataset_name", rows_file]) == 2
+    assert "Name it, or another, with --reference" in capsys.readouterr().err
+    evaluated(adapter, rows_file, "--reference", "base")

@@ -39,7 +39,7 @@ def test_loss_type_may_be_a_name(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": 0.0}, "`beta` must be above 0"),
+        ({"beta": 0.0}, "`beta` must be above 0 and finite"),
         ({"label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "does not use it"),
         ({"loss_type": "dpo"}, "`loss_type` must be one of"),

@@ -5,6 +5,7 @@ from datasets import Dataset
 from tokenizers import processors
 
 from qlora_dpo.data import LONG_PROMPT, NO_PAIRS, TokenLimits, load_rows, prepare_dataset, tokenize_row
+from qlora_dpo.layouts import group_of
 
 from tiny_chat import build_chat_tokenizer, chat_row, ranked_row
 
@@ -212,3 +213,74 @@ def test_an_unknown_file_type_is_refused(tmp_path):
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(ValueError, match="Convert it"):
         load_rows(str(tmp_path / "rows.txt"))
+
+
+# ---- numbers for pairs and completions -------------------------------------------------------------------------------
+
+
+def grouped(tokenizer, rows, **options):
+    kept, _ = prepare_dataset(Dataset.from_list(rows), tokenizer, TokenLimits(None), **options)
+    return [group_of(row) for row in kept]
+
+
+def test_numbers_for_pairs_follow_their_pairs():
+    """Pairs of equal completions are dropped, and their numbers with them; a row's one number goes to all its pairs."""
+    tokenizer = build_chat_tokenizer()
+    completions = [" sees the dog", " finds a tree", " sees the dog", " likes red"]
+    row = {"prompt": "the cat", "completions": completions, "pairs": [[0, 2], [0, 1], [3, 2]], "weights": [1, 2, 3]}
+    one = {"prompt": "the dog", "completions": completions[1:], "pairs": [[0, 1], [1, 2]], "weights": [5, 5]}
+    first, second = grouped(tokenizer, [row, one])
+    assert (first.pairs, list(first.weights)) == ([(0, 1), (2, 0)], [2, 3])
+    assert list(second.weights) == [5, 5]
+    (ranked,) = grouped(tokenizer, [{"prompt": "a", "completions": completions[:2], "ranks": [2, 1], "weights": 0.5}])
+    assert (ranked.pairs, list(ranked.weights)) == ([(0, 1)], [0.5])
+
+
+def test_given_log_probs_follow_their_completions():
+    row = {
+        "prompt": "the cat",
+        "completions": [" unused tree", " sees", " sees", " likes red"],
+        "pairs": [[3, 1]],
+        "ref_logps": [-1.0, -2.0, -3.0, -4.0],
+    }
+    (group,) = grouped(build_chat_tokenizer(), [row])
+    assert list(group.ref_logps) == [-4.0, -2.0]
+
+
+def test_a_row_without_a_number_has_the_neutral_one():
+    rows = [chat_row(1) | {"weights": 2.0, "label_probs": 0.8, "offsets": 0.3}, chat_row(2)]
+    first, second = grouped(build_chat_tokenizer(), rows)
+    assert (first.weights, first.label_probs, first.offsets) == ([2.0], [0.8], [0.3])
+    assert (second.weights, second.label_probs, second.offsets) == ([1.0], [1.0], [0.0])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("weights", -1.0, "`weights` must be finite and 0 or more, got -1.0"),
+        ("weights", "heavy", "`weights` must"),
+        ("weights", [1.0, 2.0], "must be one number, or one for each of the 1 pairs, got 2 numbers"),
+        ("label_probs", 1.5, r"`label_probs` must be in \[0, 1\], got 1.5"),
+        ("offsets", float("inf"), "`offsets` must be finite"),
+        ("ref_logps", [-1.0], r"`ref_logps` must be one finite number per completion \(2\)"),
+        ("ref_logps", [-1.0, float("nan")], "`ref_logps` must be one finite number"),
+    ],
+)
+def test_numbers_that_cannot_be_right_are_refused_with_their_row(column, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        grouped(build_chat_tokenizer(), [chat_row(0) | {column: value}])
+    assert "Row 0 of the data set" in str(error.value)
+
+
+def test_a_list_where_pairs_are_derived_is_refused():
+    row = {"prompt": "a", "completions": [" b", " c", " d"], "ranks": [1, 2, 3], "weights": [1.0, 2.0, 3.0]}
+    with pytest.raises(ValueError, match="one number where pairs are derived"):
+        grouped(build_chat_tokenizer(), [row])
+
+
+def test_a_tokenised_set_keeps_its_numbers():
+    tokenizer = build_chat_tokenizer()
+    kept, _ = prepare_dataset(Dataset.from_list([chat_row(0) | {"weights": 2.0}]), tokenizer, TokenLimits(None))
+    again, report = prepare_dataset(kept, tokenizer, TokenLimits(None))
+    assert report is None
+    assert group_of(again[0]).weights == [2.0]

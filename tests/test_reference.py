@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    EvaConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 
 from qlora_dpo import QLoRADPOTrainer
 from qlora_dpo.adapters import adapters_active, adapters_disabled, frozen_adapters, trained_adapters, weights_replaced
@@ -169,6 +179,50 @@ def test_auto_is_the_policys_own_start_and_never_moves(tokenizer, make_args, lor
     assert trainer.reference.kind == kind
     start = trainer.reference(policy.train(), BATCH)["logps"]
     assert torch.equal(logps(policy), start)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+    assert torch.equal(trainer.reference(policy, BATCH)["logps"], start)
+    assert not torch.equal(logps(policy), start)
+
+
+def corda(tokenizer):
+    """CorDA splits the base by the covariance of its inputs."""
+    model = build_tiny_llama(tokenizer)
+    config = CordaConfig(corda_method="kpm")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="corda", corda_config=config)
+    generator = torch.Generator().manual_seed(0)
+
+    def run():
+        for _ in range(64):
+            model(torch.randint(0, len(tokenizer), (1, 64), generator=generator))
+
+    preprocess_corda(model, lora, run_model=run)
+    return get_peft_model(model, lora)
+
+
+def eva(tokenizer):
+    """EVA takes A from the activations and leaves B at zero."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    policy = get_peft_model(build_tiny_llama(tokenizer), lora)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, len(tokenizer), (4, 16), generator=generator) for _ in range(8)]
+    initialize_lora_eva_weights(policy, [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids])
+    return policy
+
+
+def loftq(tokenizer):
+    """PEFT's LoftQ needs a CUDA device: what it leaves behind is another base and factors that are not zero."""
+    policy = trained(tokenizer)
+    policy.peft_config["default"].init_lora_weights = "loftq"
+    return policy
+
+
+@pytest.mark.parametrize(("make", "kind"), [(corda, "initial"), (eva, "base"), (loftq, "initial")])
+def test_initialisations_from_data_start_at_their_reference_and_leave_it(tokenizer, make_args, make, kind):
+    policy = make(tokenizer)
+    trainer = trainer_of(tokenizer, make_args(max_steps=3, learning_rate=1e-2), policy)
+    assert trainer.reference.kind == kind
+    start = trainer.reference(policy.train(), BATCH)["logps"]
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == 0
     assert torch.equal(trainer.reference(policy, BATCH)["logps"], start)
