@@ -349,9 +349,11 @@ def starts_at(reference: Reference, policy: PeftModel) -> bool:
 
 def adapter_fingerprint(reference: Reference) -> str | None:
     """The same of the adapter's part alone: quick, and what `qlora_dpo.json` records; None without one."""
-    if not isinstance(reference, (AdapterReference, InitialReference)):
+    live = getattr(reference, "live", reference)  # behind a cache
+    if not isinstance(live, (AdapterReference, InitialReference)):
         return None
-    inside = {name: t for name, t in reference.weights().items() if name not in base_weights(reference.policy)}
+    base = base_weights(live.policy)
+    inside = {name: tensor for name, tensor in live.weights().items() if name not in base}
     return weights_fingerprint(inside.items())
 
 
@@ -388,6 +390,10 @@ def make_reference(
     if kind == "auto":
         kind = _automatic(policy, ignored)
     if kind == "none":
+        if average is not None:
+            raise ValueError(
+                "`sync_ref_model` must be False without a reference, which these losses do not use, got True. Drop it."
+            )
         return NoReference()
     if kind == "base":
         reason = changes_base(policy)

@@ -568,3 +568,17 @@ def test_one_adapter_has_one_fingerprint_whatever_it_is_called(tokenizer, tmp_pa
     )
     assert initial == named == adapter_fingerprint(make_reference("initial", again))
     assert adapter_fingerprint(make_reference("base", policy)) is None
+
+
+def test_a_moving_reference_that_no_loss_looks_at_is_refused(tokenizer, make_args):
+    with pytest.raises(ValueError, match="`sync_ref_model` must be False without a reference"):
+        trainer_of(tokenizer, make_args(loss_type="simpo", sync_ref_model=True), policy_of(tokenizer))
+
+
+def test_a_cache_in_front_of_a_reference_does_not_hide_which_it_is(tokenizer, make_args, tmp_path):
+    policy = trained(tokenizer, task_type="CAUSAL_LM")
+    live = adapter_fingerprint(make_reference("initial", policy))
+    args = make_args(max_steps=1, precompute_ref_log_probs=True, reference_cache=str(tmp_path / "c.sqlite"))
+    trainer = trainer_of(tokenizer, args, policy)
+    trainer.train()
+    assert adapter_fingerprint(trainer.reference) == live
