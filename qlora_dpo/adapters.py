@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -119,26 +119,65 @@ def _factors(layer: LoraLayer, names: Sequence[str]) -> list[tuple[Tensor, Tenso
     return linear + embedding
 
 
-def require_token_adapters(policy: PeftModel) -> None:
-    """Refuse adapters that do more than change what a layer does to each token by itself.
+def require_usable(policy: PeftModel) -> None:
+    """Refuse policies that the layouts cannot carry, that no checkpoint could hold, or that are not what they seem.
+
+    Raises:
+        NotImplementedError: For prompt learning, activated LoRA and AdaLoRA.
+        ValueError: For merged or disabled adapters, and trainable weights of the base.
+    """
+    for name in policy.active_adapters:
+        require_token_adapter(policy.peft_config[name])
+    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    for state, call in (("merged", "unmerge_adapter() or merge_and_unload()"), ("disabled", "enable_adapter_layers()")):
+        if any(layer.merged if state == "merged" else layer.disable_adapters for layer in layers):
+            raise ValueError(f"The adapters of a policy must be in force, got {state} ones. Call {call} first.")
+    prefix = policy.base_model.prefix
+    biases = any(getattr(policy.peft_config[name], "bias", "none") != "none" for name in policy.active_adapters)
+    strays = [
+        name
+        for name, parameter in policy.named_parameters()
+        if parameter.requires_grad and prefix not in name and not _is_auxiliary(name)
+        if not (biases and name.endswith(".bias"))
+    ]
+    if strays:
+        raise ValueError(
+            f"Only adapter weights must be trainable, got {strays[:3]} too, which no saved adapter would hold. Freeze "
+            "them with requires_grad_(False), or name their modules in `modules_to_save`."
+        )
+
+
+def require_trainable(policy: PeftModel) -> None:
+    """Refuse to train a policy of which nothing is trained.
+
+    Raises:
+        ValueError: If nothing is.
+    """
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            "The policy must have weights to train, got none. Load its adapter with is_trainable=True, as load_policy "
+            "does."
+        )
+
+
+def require_token_adapter(config: PeftConfig) -> None:
+    """Refuse an adapter that does more than change what a layer does to each token by itself.
 
     Raises:
         NotImplementedError: For prompt learning, activated LoRA and AdaLoRA.
     """
-    for name in policy.active_adapters:
-        config = policy.peft_config[name]
-        kind = config.peft_type.value
-        refused = None
-        if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
-            refused = f"{kind}, which adds tokens to the row"
-        elif getattr(config, "alora_invocation_tokens", None):
-            refused = "activated LoRA, which looks for tokens in the row"
-        elif kind == "ADALORA":
-            refused = "AdaLoRA, whose ranks nothing here updates"
-        if refused is not None:
-            raise NotImplementedError(
-                f"The adapter must be made of layers that act on each token, got {refused}. Use LoRA."
-            )
+    kind = config.peft_type.value
+    refused = None
+    if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+        refused = f"{kind}, which adds tokens to the row"
+    elif getattr(config, "alora_invocation_tokens", None):
+        refused = "activated LoRA, which looks for tokens in the row"
+    elif kind == "ADALORA":
+        refused = "AdaLoRA, whose ranks nothing here updates"
+    if refused is not None:
+        raise NotImplementedError(
+            f"The adapter must be made of layers that act on each token, got {refused}. Use LoRA."
+        )
 
 
 def changes_base(policy: PeftModel) -> str | None:
@@ -152,9 +191,7 @@ def changes_base(policy: PeftModel) -> str | None:
             value = getattr(config, option, neutral)
             if value not in (neutral, [], None, {}):
                 return f"`{option}={value!r}` trains parts of the base"
-    prefix = policy.base_model.prefix
-    strays = [n for n, p in policy.named_parameters() if p.requires_grad and prefix not in n and not _is_auxiliary(n)]
-    return f"weights of the base are trainable ({strays[:3]})" if strays else None
+    return None
 
 
 def loading_changes_base(config: object) -> bool:
@@ -174,28 +211,39 @@ def lora_linears(policy: PeftModel, name: str) -> dict[str, LoraLayer]:
     Raises:
         NotImplementedError: If the adapter is more than such products.
     """
-    config = policy.peft_config[name]
     odd = changes_base(policy)
-    for option in ("use_dora", "lora_bias"):
-        odd = odd or (f"`{option}` is more than a product of two matrices" if getattr(config, option, False) else None)
     layers = {n: m for n, m in policy.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
-    others = [m for m in policy.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, LoraLayer)]
-    embeddings = [m for m in policy.modules() if isinstance(m, LoraLayer) and name in m.lora_embedding_A]
-    if odd is None and (others or embeddings or any(m.lora_A[name].weight.dim() != 2 for m in layers.values())):
-        odd = "it has layers that are no product of two matrices"
+    products = {f"{n}.lora_{side}.{name}.weight" for n in layers for side in "AB"}
+    others = sorted(set(adapter_weights(policy, [name])) - products)
+    if odd is None and (others or getattr(policy.peft_config[name], "target_parameters", None)):
+        odd = f"it has more than products of two matrices ({others[:1] or 'target_parameters'})"
+    if odd is None and any(m.lora_A[name].weight.dim() != 2 for m in layers.values()):
+        odd = "it has convolutions"
     if odd is not None:
         raise NotImplementedError(f"`sync_ref_model` must have a plain LoRA on linear layers, got another: {odd}.")
     return layers
 
 
-def stack_adapter(policy: PeftModel, peft_config: object) -> str:
+def free_name(policy: PeftModel, stem: str) -> str:
+    """A name that no adapter of the policy has: the stem, or the stem and a number."""
+    names = (stem, *(f"{stem}_{i}" for i in range(2, len(policy.peft_config) + 3)))
+    return next(name for name in names if name not in policy.peft_config)
+
+
+def stack_adapter(policy: PeftModel, peft_config: PeftConfig) -> str:
     """A new adapter on a policy whose adapters are frozen and stay in force; returns its name.
 
     Its weights are in fp32, whatever the base's dtype.
     """
     below = list(policy.active_adapters)
-    names = ("default", "dpo", *(f"dpo_{i}" for i in range(2, 100)))
-    name = next(name for name in names if name not in policy.peft_config)
+    name = "default" if "default" not in policy.peft_config else free_name(policy, "dpo")
+    lower = policy.peft_config[below[-1]]
+    if getattr(lower, "trainable_token_indices", None):
+        raise NotImplementedError(
+            f"An adapter to stack on must not train tokens, which PEFT cannot save above it, got {below[-1]!r}. Merge "
+            "it into its base first."
+        )
+    peft_config.base_model_name_or_path, peft_config.revision = lower.base_model_name_or_path, lower.revision
     policy.add_adapter(name, peft_config)
     policy.base_model.set_adapter([*below, name])
     mine = adapter_weights(policy, [name])

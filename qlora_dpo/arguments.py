@@ -66,6 +66,7 @@ def policy_from(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft
     if isinstance(model, str):
         kwargs = {"trust_remote_code": args.trust_remote_code} | _keywords(args.model_init_kwargs)
         if adapter_folder(model):
+            kwargs |= {"gradient_checkpointing": bool(args.gradient_checkpointing)}
             return load_policy(model, peft_config=peft_config, quantization_config=quantization_config, **kwargs)
         base = load_base(model, quantization_config, **kwargs)
         weights = "4 bit" if is_quantized(base) else str(base.dtype)
@@ -106,16 +107,15 @@ def tokenizer_from(model: Any, policy: PeftModel, args: QLoRADPOConfig, tokenize
 
 def reference_from(policy: PeftModel, ref_model: Any, args: QLoRADPOConfig) -> Reference:
     """The reference that the options and `ref_model` name."""
-    if isinstance(ref_model, str):
-        return make_reference(ref_model, policy, args.logps_chunk_size, in_4bit=args.reference_in_4bit)
     if ref_model is not None and ref_model in (policy, policy.get_base_model()):
         raise ValueError("`ref_model` must be another object than `model`, got the same. Leave it out.")
     average = (args.ref_model_mixup_alpha, args.ref_model_max_rank) if args.sync_ref_model else None
+    named = isinstance(ref_model, str)
     return make_reference(
-        args.reference,
+        ref_model if named else args.reference,
         policy,
         args.logps_chunk_size,
-        ref_model=ref_model,
+        ref_model=None if named else ref_model,
         ignored=args.objective.ignores_reference,
         in_4bit=args.reference_in_4bit,
         average=average,

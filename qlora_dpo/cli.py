@@ -280,7 +280,6 @@ def evaluate(words: Sequence[str]) -> None:
     policy = load_policy(
         record.base,
         adapter=saved_adapter(chosen.adapter),
-        stacked_on=record.stacked_on,
         quantize=quantization is not None,
         quantization_config=quantization,
         gradient_checkpointing=False,

@@ -221,6 +221,40 @@ def token_scores(
     return any_head_token_scores(hidden, head, targets, rule, chunk_size, statistics, vocabulary)
 
 
+def token_divergences(
+    rows: tuple[Tensor, Tensor],
+    heads: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    rules: tuple[LogitRule, LogitRule],
+    chunk_size: int | None = None,
+    vocabulary: int = 2**17,
+) -> Tensor:
+    """KL(policy || reference) of the distributions at each scored position, in nats, exactly and without gradient.
+
+    Both distributions of a tile exist at a time, as the tiles of the head do.
+
+    Args:
+        rows: `(N, H)` hidden states at the scored positions, of the policy and of the reference.
+        heads: LM head of each.
+        rules: Scale and soft-cap of each.
+        chunk_size: Positions in a tile; None for half of `TILE_ELEMENTS`.
+        vocabulary: Size of the vocabulary.
+
+    Returns:
+        `(N,)`, at least fp32; 0 where the distributions are the same.
+    """
+    chunk = chunk_size or max(8, chunk_length(vocabulary, None) // 2)
+    pieces = []
+    with torch.no_grad():
+        for start in range(0, rows[0].shape[0], chunk):
+            tile = slice(start, start + chunk)
+            log_p, log_q = (
+                torch.log_softmax(rule.apply(widen(head(hidden[tile]))), -1)
+                for hidden, head, rule in zip(rows, heads, rules, strict=True)
+            )
+            pieces.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(pieces)
+
+
 def sum_by_completion(values: Tensor, lengths: list[int]) -> Tensor:
     """Sum per-token values over each completion's run of tokens.
 

@@ -1,11 +1,20 @@
 """Loading: a 4-bit base with LoRA adapters attached, ready to train."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers import (
@@ -16,8 +25,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qlora_dpo.adapters import loading_changes_base, stack_adapter, trained_adapters
+from qlora_dpo.adapters import (
+    free_name,
+    loading_changes_base,
+    stack_adapter,
+    trained_adapters,
+)
 from qlora_dpo.config import best_precision
+
+RECORD_NAME = "qlora_dpo.json"
+UNKNOWN = "unknown"
+"""What a record says of an adapter or a reference that was in memory only."""
 
 
 def compute_dtype() -> torch.dtype:
@@ -59,19 +77,21 @@ def is_quantized(model: nn.Module) -> bool:
 
 def adapter_folder(path_or_id: str) -> bool:
     """Whether a local folder holds an adapter."""
-    return Path(path_or_id, "adapter_config.json").is_file()
+    return Path(path_or_id, "adapter_config.json").expanduser().is_file()
 
 
 def check_path(path_or_id: str, what: str) -> str:
-    """Refuse a local path that is not there before anything tries to download it.
+    """The path, with `~` expanded, or the id; a path that is not there is refused before anything tries a download.
 
     Raises:
         FileNotFoundError: If it looks like a path and is not one.
     """
-    looks_local = path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1
-    if looks_local and not Path(path_or_id).expanduser().exists():
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return str(path)
+    if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1:
         raise FileNotFoundError(f"The {what} must be a folder or a Hub id, got {path_or_id}. Check the path.")
-    return str(Path(path_or_id).expanduser()) if looks_local else path_or_id
+    return path_or_id
 
 
 def device_map() -> dict[str, Any]:
@@ -138,7 +158,6 @@ def load_policy(
     *,
     peft_config: PeftConfig | None = None,
     adapter: str | None = None,
-    stacked_on: str | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
     quantize: bool = True,
     gradient_checkpointing: bool = True,
@@ -150,8 +169,8 @@ def load_policy(
         model_id: Hub id or folder of the base model, or of an adapter (its base is then looked up).
         peft_config: The new adapter; None for LoRA of rank 16 on every linear layer but the head. With `adapter`, it is
             stacked on that one, which is frozen.
-        adapter: Hub id or folder of a trained adapter to load: to go on with, or to stack `peft_config` on.
-        stacked_on: Hub id or folder of the frozen adapter that `adapter` was trained on top of.
+        adapter: Hub id or folder of a trained adapter to load: to go on with, or to stack `peft_config` on. What it was
+            itself stacked on, as its `qlora_dpo.json` says, is loaded below it.
         quantization_config: How to quantise the base; None for NF4 with double quantisation and 16-bit compute.
         quantize: False to keep the base in 16 bit.
         gradient_checkpointing: Whether to recompute activations in the backward pass.
@@ -162,53 +181,131 @@ def load_policy(
 
     Raises:
         FileNotFoundError: If a local path is not there.
-        ValueError: If a new adapter shall be stacked on one whose loading changes the base.
+        ValueError: If `model_id` is an adapter beside `adapter`, or an adapter to stack on changes the base.
 
     Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
     """
-    if adapter is None and adapter_folder(model_id):
+    if adapter_folder(model_id):
+        if adapter is not None:
+            raise ValueError(
+                f"`model_id` must be a base model where `adapter` is given, got the adapter {model_id}. Name its base; "
+                "to train on top of an adapter, pass it as `adapter`, with a `peft_config`."
+            )
         adapter, model_id = model_id, base_of(model_id)
+    if adapter is not None and "revision" not in model_kwargs:
+        revision = PeftConfig.from_pretrained(check_path(adapter, "adapter")).revision
+        model_kwargs |= {"revision": revision} if revision else {}
     base = load_base(model_id, quantization_config, quantize, **model_kwargs)
     if adapter is None:
         policy = attach_adapter(base, peft_config, model_kwargs.get("revision"))
     else:
-        policy = _with_trained(base, check_path(adapter, "adapter"), peft_config, stacked_on)
+        policy = _with_trained(base, check_path(adapter, "adapter"), peft_config)
+        for config in policy.peft_config.values():
+            config.revision = model_kwargs.get("revision")
     if gradient_checkpointing:
         checkpoint_activations(policy)
     return policy
 
 
-def _with_trained(
-    base: PreTrainedModel, adapter: str, peft_config: PeftConfig | None, stacked_on: str | None
-) -> PeftModel:
-    """A trained adapter on its base: to go on with, perhaps on top of a frozen one, or frozen under a new one.
+def _with_trained(base: PreTrainedModel, adapter: str, peft_config: PeftConfig | None) -> PeftModel:
+    """A trained adapter on its base: to go on with, on what it was stacked on, or frozen under a new one.
 
     The policy's `adapter_sources` remembers where each came from, for the record beside the trained adapter.
     """
-    below = stacked_on if peft_config is None else adapter
-    if below is None:
+    below = adapters_below(adapter) if peft_config is None else [*adapters_below(adapter), adapter]
+    if not below:
         policy = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        require_all_weights(policy, adapter, "default")
         policy.adapter_sources = {"default": adapter}
         return policy
-    if loading_changes_base(PeftConfig.from_pretrained(below)):
+    require_intact_base(below[0])
+    policy = PeftModel.from_pretrained(base, below[0], adapter_name="below")
+    require_all_weights(policy, below[0], "below")
+    policy.adapter_sources = {"below": below[0]}
+    for source in below[1:]:
+        name = add_saved_adapter(policy, source, "below")
+        policy.adapter_sources[name] = source
+    policy.base_model.set_adapter(list(policy.adapter_sources))
+    name = stack_adapter(policy, peft_config or PeftConfig.from_pretrained(adapter))
+    if peft_config is None:
+        require_all_weights(policy, adapter, name)
+        policy.adapter_sources[name] = adapter
+    return policy
+
+
+def adapters_below(adapter: str) -> list[str]:
+    """The frozen adapters that a saved one was trained on top of, as its record names them, lowest first.
+
+    Raises:
+        ValueError: If they were in memory only.
+    """
+    record = Path(adapter, RECORD_NAME)
+    below = json.loads(record.read_text()).get("stacked_on") if record.is_file() else None
+    if below == UNKNOWN:
         raise ValueError(
-            f"An adapter to stack on must leave the base as it is, got {below}, whose initialisation changes it. "
+            f"The adapter {adapter} was trained on top of one that was in memory only, got no path of that. Save that "
+            f"one, and write its folder as `stacked_on` into {record}."
+        )
+    return [] if below is None else [*adapters_below(check_path(below, "adapter")), check_path(below, "adapter")]
+
+
+def add_saved_adapter(policy: PeftModel, source: str, stem: str) -> str:
+    """A saved adapter beside those of a policy, frozen and not in force; returns its name, made from the stem.
+
+    Raises:
+        ValueError: If it is of another kind, changes the base, or does not fit the model.
+    """
+    config = PeftConfig.from_pretrained(source)
+    require_intact_base(source)
+    kind = policy.peft_config[policy.active_adapters[0]].peft_type
+    if config.peft_type != kind:
+        raise ValueError(
+            f"The adapter {source} must be of the policy's kind, {kind.value}, got {config.peft_type.value}. Merge it "
+            "into its base and name that model instead."
+        )
+    name = free_name(policy, stem)
+    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    policy.load_adapter(source, name, is_trainable=False)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    require_all_weights(policy, source, name)
+    return name
+
+
+def require_intact_base(source: str) -> None:
+    """Refuse a saved adapter whose loading would change the base under every other one.
+
+    Raises:
+        ValueError: If it would.
+    """
+    config = PeftConfig.from_pretrained(source)
+    if loading_changes_base(config):
+        raise ValueError(
+            f"The adapter {source} must leave the base as it is, got init_lora_weights={config.init_lora_weights!r}. "
             "Convert it to plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
         )
-    policy = PeftModel.from_pretrained(base, below, adapter_name="below")
-    policy.adapter_sources = {"below": below}
-    if peft_config is not None:
-        stack_adapter(policy, peft_config)
-    else:
-        stack_adapter(policy, PeftConfig.from_pretrained(adapter))
-        set_peft_model_state_dict(policy, load_peft_weights(adapter, device="cpu"), adapter_name="default")
-        policy.adapter_sources["default"] = adapter
-    return policy
+
+
+def require_all_weights(policy: PeftModel, source: str, name: str) -> None:
+    """Put a saved adapter's weights in place, and see that every weight of the adapter got one and none is left over.
+
+    Raises:
+        ValueError: If the adapter is of another model.
+    """
+    state = load_peft_weights(source, device="cpu")
+    expected = set(get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False))
+    given = {key for key in state if policy.base_model.prefix in key or key in expected}
+    if given != expected:
+        raise ValueError(
+            f"The adapter {source} must fit the model, got {len(expected - given)} weights that it lacks and "
+            f"{len(given - expected)} that the model has no place for. Load it on the base it was trained on."
+        )
+    set_peft_model_state_dict(policy, state, adapter_name=name)
 
 
 def base_of(adapter: str) -> str:
     """The base model that an adapter names."""
-    return str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    return str(PeftConfig.from_pretrained(check_path(adapter, "adapter")).base_model_name_or_path)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -243,4 +340,4 @@ def load_trained(policy: PeftModel, folder: str) -> None:
             raise FileNotFoundError(
                 f"A checkpoint must hold the adapter's weights, got none in {where}. Check the path."
             )
-        set_peft_model_state_dict(policy, load_peft_weights(where, device="cpu"), adapter_name=name)
+        require_all_weights(policy, where, name)

@@ -16,9 +16,19 @@ from tqdm.auto import tqdm
 from qlora_dpo.cache import LogpsCache, default_cache_path
 from qlora_dpo.forward import to_device
 from qlora_dpo.logps import sum_by_completion
-from qlora_dpo.reference import GivenReference, ModelReference, NoReference, Reference, fingerprint
+from qlora_dpo.reference import ModelReference, NoReference, Reference, fingerprint
 
-_WITHOUT_EFFECT = ("_name_or_path", "architectures", "transformers_version", "use_cache", "id2label", "label2id")
+_WITHOUT_EFFECT = (
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 """Entries of a model's config that decide no log-probability."""
 
 
@@ -71,8 +81,7 @@ def cached_reference(live: Reference, path: str | None, mixed_precision: str) ->
     """
     if isinstance(live, NoReference):
         raise ValueError("`precompute_ref_log_probs` must be False without a reference, got True. Set it to False.")
-    owner = live.otherwise if isinstance(live, GivenReference) else live
-    model = owner.model if isinstance(owner, ModelReference) else owner.policy  # type: ignore[attr-defined]
+    model = live.model if isinstance(live, ModelReference) else live.policy  # type: ignore[attr-defined]
     config = {name: value for name, value in model.config.to_dict().items() if name not in _WITHOUT_EFFECT}
     described = json.dumps([fingerprint(live), config, mixed_precision], sort_keys=True, default=str)
     identity = hashlib.sha256(described.encode()).hexdigest()
@@ -113,4 +122,5 @@ def precompute(
     total = sum(len(loader) for loader in loaders)
     for batch in tqdm(itertools.chain(*loaders), total=total, desc="Reference log-probs", disable=silent):
         for piece in batch["pieces"]:
-            reference(model, to_device(piece, device))
+            if "ref_logps" not in piece:
+                reference(model, to_device(piece, device))

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,8 @@ from peft import PeftModel
 
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
-from qlora_dpo.reference import Reference, adapter_fingerprint
-
-RECORD_NAME = "qlora_dpo.json"
-UNKNOWN = "unknown"
+from qlora_dpo.model import RECORD_NAME, UNKNOWN
+from qlora_dpo.reference import Reference, reference_hash
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class AdapterRecord:
         reference: What rewards are relative to: `base`, `initial`, `adapter`, `model`, `average`, `given` or `none`.
         reference_source: Path or id that the reference can be loaded from again, if it has one.
         reference_hash: Hash of the reference adapter's weights, if it is or has one.
-        stacked_on: Path or id of the frozen adapter that this one was trained on top of, if known.
+        stacked_on: Path or id of the frozen adapter that this one was trained on top of; `unknown` if it has none.
         beta: Factor of the rewards.
         loss: The options that made the loss, by name.
         max_length: Most tokens of prompt + completion in training, or None.
@@ -43,14 +41,14 @@ class AdapterRecord:
     dtype: str
     mixed_precision: str
     reference: str
-    reference_source: str | None
-    reference_hash: str | None
-    stacked_on: str | None
     beta: float
-    loss: dict[str, Any]
     max_length: int | None
     max_prompt_length: int | None
     pair_strategy: str
+    loss: dict[str, Any] = field(default_factory=dict)
+    reference_source: str | None = None
+    reference_hash: str | None = None
+    stacked_on: str | None = None
 
 
 def write_record(folder: str, policy: PeftModel, args: QLoRADPOConfig, reference: Reference) -> None:
@@ -69,8 +67,8 @@ def write_record(folder: str, policy: PeftModel, args: QLoRADPOConfig, reference
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         reference=reference.kind,
         reference_source=reference.source,
-        reference_hash=adapter_fingerprint(reference),
-        stacked_on=sources.get(below[0]) if len(below) == 1 else None,
+        reference_hash=reference_hash(reference),
+        stacked_on=sources.get(below[-1], UNKNOWN) if below else None,
         beta=args.beta,
         loss={name: getattr(args, name) for name in LOSS_FIELDS},
         max_length=args.max_length,
@@ -93,8 +91,10 @@ def read_record(folder: str) -> AdapterRecord:
     if not path.is_file():
         way_out = "Train it again." if Path(folder).is_dir() else "Check the path."
         raise FileNotFoundError(f"The adapter must lie beside its {RECORD_NAME}, got none in {folder}. {way_out}")
+    found = json.loads(path.read_text())
+    found.setdefault("loss", {name: found[name] for name in LOSS_FIELDS if name in found})  # as 0.1.0 wrote it
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
-    return AdapterRecord(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
+    return AdapterRecord(**{name: value for name, value in found.items() if name in known})
 
 
 def check_same_reference(folder: str, policy: PeftModel, reference: Reference) -> None:
@@ -107,7 +107,7 @@ def check_same_reference(folder: str, policy: PeftModel, reference: Reference) -
     if not names:
         return
     record = read_record(str(Path(folder, names[0])))
-    now = (reference.kind, adapter_fingerprint(reference))
+    now = (reference.kind, reference_hash(reference))
     if (record.reference, record.reference_hash) != now:
         raise RuntimeError(
             f"The reference must be that of the checkpoint {folder}, got another: {now[0]} ({now[1]}) instead of "
@@ -144,8 +144,9 @@ def require_known(record: AdapterRecord, asked: str) -> None:
 
 def warn_of_reference(record: AdapterRecord, reference: Reference) -> None:
     """Say so if an adapter of the recorded path is not the one that was the reference."""
-    found = adapter_fingerprint(reference)
-    if reference.source == record.reference_source and record.reference_hash not in (None, found):
+    found, sources = reference_hash(reference), (reference.source, record.reference_source)
+    same = None not in sources and Path(str(sources[0])) == Path(str(sources[1]))
+    if same and record.reference_hash not in (None, found):
         warnings.warn(
             f"The reference {reference.source} has changed since the adapter was trained (hash {found} instead of "
             f"{record.reference_hash}): its rewards are relative to another one.",

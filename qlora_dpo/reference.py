@@ -4,12 +4,11 @@ The reference pass runs before the policy's, so its activations never sit on top
 """
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -21,9 +20,9 @@ from qlora_dpo.adapters import (
     changes_base,
     frozen_adapters,
     is_fresh,
-    loading_changes_base,
     lora_linears,
-    require_token_adapters,
+    require_token_adapter,
+    require_usable,
     trainable_copy,
     trained_adapters,
     weights_replaced,
@@ -31,7 +30,7 @@ from qlora_dpo.adapters import (
 from qlora_dpo.averaging import Factors, averaged, recompressed
 from qlora_dpo.cache import weights_fingerprint
 from qlora_dpo.forward import install_scoring, noise_off, score_batch
-from qlora_dpo.model import check_path, is_quantized, keep_one_arithmetic, load_base
+from qlora_dpo.model import adapters_below, add_saved_adapter, check_path, is_quantized, keep_one_arithmetic, load_base
 
 REFERENCES = ("auto", "base", "initial", "none")
 """What the option `reference` names; anything else is a path or id."""
@@ -77,7 +76,7 @@ class _LiveReference:
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors that decide its scores, by name."""
-        return base_weights(self.policy)
+        return _base_identity(self.policy)
 
 
 class BaseReference(_LiveReference):
@@ -109,7 +108,7 @@ class AdapterReference(_LiveReference):
 
     def weights(self) -> dict[str, Tensor]:
         """The base's and the adapters' tensors, their scaling included."""
-        return {**base_weights(self.policy), **_adapter_identity(self.policy, self.names)}
+        return {**_base_identity(self.policy), **_adapter_identity(self.policy, self.names)}
 
 
 class InitialReference(_LiveReference):
@@ -137,8 +136,9 @@ class InitialReference(_LiveReference):
         copies = {id(parameter): value for parameter, value in self.start}
         adapters = _adapter_identity(self.policy, list(self.policy.active_adapters))
         if self._adds_nothing:  # random A matrices that decide nothing
-            adapters = {name: t for name, t in adapters.items() if self.policy.base_model.prefix not in name}
-        named = {**base_weights(self.policy), **adapters}
+            prefix = self.policy.base_model.prefix
+            adapters = {name: t for name, t in adapters.items() if prefix not in name and ".scaling." not in name}
+        named = {**_base_identity(self.policy), **adapters}
         return {name: copies.get(id(tensor), tensor) for name, tensor in named.items()}
 
 
@@ -157,7 +157,12 @@ class AverageReference(_LiveReference):
         self, policy: PeftModel, alpha: float, max_rank: int, chunk_size: int | None = None, from_base: bool = True
     ) -> None:
         super().__init__(policy, chunk_size)
-        (self.name,) = trained_adapters(policy)
+        names = trained_adapters(policy)
+        if len(names) > 1:
+            raise NotImplementedError(
+                f"`sync_ref_model` must have one trained adapter, got {names}. Freeze the others."
+            )
+        self.name = names[0]
         self.layers = lora_linears(policy, self.name)
         self.alpha, self.max_rank, self.from_base = alpha, max_rank, from_base
         self._change = {path: None if from_base else self._of_policy(path) for path in self.layers}
@@ -166,6 +171,8 @@ class AverageReference(_LiveReference):
             b = [layer.lora_B[self.name].weight for layer in self.layers.values()]
             self._start = [(weight, torch.zeros_like(weight)) for weight in b]
         self.updates = 0
+        active = list(policy.active_adapters)
+        self.hash = None if from_base else weights_fingerprint(_adapter_identity(policy, active).items())
 
     def _of_policy(self, path: str) -> Factors:
         """The policy's change of a layer, its scaling in B."""
@@ -186,7 +193,16 @@ class AverageReference(_LiveReference):
 
     def in_force(self) -> contextlib.AbstractContextManager[None]:
         """The averaged change in place of the adapter's."""
-        return self._average() if self.updates else weights_replaced(self._start)
+        return self._average() if self.updates else self._at_start()
+
+    @contextlib.contextmanager
+    def _at_start(self) -> Iterator[None]:
+        with self._own_adapters(), weights_replaced(self._start):
+            yield
+
+    def _own_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """What is averaged over the base alone, if it started there, and over frozen adapters otherwise."""
+        return adapters_active(self.policy, [self.name] if self.from_base else list(self.policy.active_adapters))
 
     @contextlib.contextmanager
     def _average(self) -> Iterator[None]:
@@ -200,7 +216,7 @@ class AverageReference(_LiveReference):
         try:
             for layer in self.layers.values():
                 layer.scaling[self.name] = 1.0
-            with weights_replaced(replaced):
+            with self._own_adapters(), weights_replaced(replaced):
                 yield
         finally:
             for path, layer in self.layers.items():
@@ -229,6 +245,10 @@ class ModelReference:
     def __init__(self, model: Any, chunk_size: int | None = None, source: str | None = None) -> None:
         self.model, self.chunk_size, self.source = model, chunk_size, source
         self.description = f"a separate model ({source or type(model).__name__})"
+        self.hash: str | None = None
+        if isinstance(model, PeftModel):
+            for name in model.active_adapters:
+                require_token_adapter(model.peft_config[name])
         keep_one_arithmetic(model)
         model.requires_grad_(False)
         model.eval()
@@ -246,8 +266,10 @@ class ModelReference:
         return self.model
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors of the model."""
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        """All tensors of the model, and those of the adapters that are in force."""
+        if isinstance(self.model, PeftModel):
+            return {**_base_identity(self.model), **_adapter_identity(self.model, list(self.model.active_adapters))}
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers()), **_constants(self.model)}
 
 
 class NoReference:
@@ -288,20 +310,35 @@ class GivenReference:
         return self.otherwise.weights()
 
 
+def _base_identity(policy: PeftModel) -> dict[str, Tensor]:
+    """Tensors of the base model and the scales of its 8-bit layers."""
+    return {**base_weights(policy), **_constants(policy.get_base_model())}
+
+
 def _adapter_identity(policy: PeftModel, names: list[str]) -> dict[str, Tensor]:
     """Tensors of adapters and their scalings, whatever the adapters are called."""
 
     def anonymous(path: str) -> str:
         return ".".join(f"adapter{names.index(part)}" if part in names else part for part in path.split("."))
 
-    scalings = {
-        f"{path}.scaling.{name}": torch.tensor(module.scaling[name])
-        for path, module in policy.named_modules()
-        if isinstance(getattr(module, "scaling", None), dict)
-        for name in names
-        if name in module.scaling
-    }
-    return {anonymous(path): tensor for path, tensor in {**adapter_weights(policy, names), **scalings}.items()}
+    found: dict[str, Tensor] = dict(adapter_weights(policy, names))
+    for path, module in policy.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):
+            found |= {f"{path}.scaling.{name}": torch.tensor(scaling[name]) for name in names if name in scaling}
+        if hasattr(module, "is_feedforward"):  # which side an IA3 vector scales
+            found[f"{path}.is_feedforward"] = torch.tensor(module.is_feedforward)
+    return {anonymous(path): tensor for path, tensor in found.items()}
+
+
+def _constants(model: nn.Module) -> dict[str, Tensor]:
+    """The scales of 8-bit layers, which are neither parameters nor buffers."""
+    states = {path: getattr(module, "state", None) for path, module in model.named_modules()}
+    scales = {path: getattr(state, "SCB", None) for path, state in states.items()}
+    for path, module in model.named_modules():
+        if scales[path] is None:  # before the first forward they are at the weight
+            scales[path] = getattr(getattr(module, "weight", None), "SCB", None)
+    return {f"{path.replace('.base_layer', '')}.SCB": s for path, s in scales.items() if isinstance(s, Tensor)}
 
 
 def fingerprint(reference: Reference) -> str:
@@ -347,14 +384,21 @@ def starts_at(reference: Reference, policy: PeftModel) -> bool:
     return isinstance(reference, BaseReference) and fresh and not frozen_adapters(policy)
 
 
-def adapter_fingerprint(reference: Reference) -> str | None:
-    """The same of the adapter's part alone: quick, and what `qlora_dpo.json` records; None without one."""
+def reference_hash(reference: Reference) -> str | None:
+    """A hash of what a reference has besides the policy's base: its adapter or its own model; None without either.
+
+    Of an average it is that of its start.
+    """
     live = getattr(reference, "live", reference)  # behind a cache
+    if isinstance(live, ModelReference):
+        live.hash = live.hash or fingerprint(live)
+        return live.hash
+    if isinstance(live, AverageReference):
+        return live.hash
     if not isinstance(live, (AdapterReference, InitialReference)):
         return None
-    base = base_weights(live.policy)
-    inside = {name: tensor for name, tensor in live.weights().items() if name not in base}
-    return weights_fingerprint(inside.items())
+    base = _base_identity(live.policy)
+    return weights_fingerprint((name, tensor) for name, tensor in live.weights().items() if name not in base)
 
 
 def make_reference(
@@ -384,33 +428,34 @@ def make_reference(
         ValueError: If the base is asked for where training changes it.
         NotImplementedError: For adapters that the layouts cannot carry.
     """
-    require_token_adapters(policy)
+    require_usable(policy)
     if ref_model is not None:
         return ModelReference(ref_model, chunk_size, getattr(ref_model.config, "_name_or_path", None) or None)
-    if kind == "auto":
-        kind = _automatic(policy, ignored)
-    if kind == "none":
-        if average is not None:
-            raise ValueError(
-                "`sync_ref_model` must be False without a reference, which these losses do not use, got True. Drop it."
-            )
-        return NoReference()
+    kind = _automatic(policy, ignored) if kind == "auto" else kind
+    if kind == "none" and average is not None:
+        raise ValueError("`sync_ref_model` must be False for losses without a reference, got True. Set it to False.")
     if kind == "base":
-        reason = changes_base(policy)
-        if reason is not None:
-            raise ValueError(
-                f"reference='base' must have a base that stays as it is, got one that does not: {reason}. "
-                "Use reference='initial', which keeps a copy of the start."
-            )
+        _require_constant_base(policy)
     if average is not None:
         return AverageReference(policy, *average, chunk_size, from_base=kind == "base")
-    if kind == "base":
-        return BaseReference(policy, chunk_size)
-    if kind == "adapter":
-        return AdapterReference(policy, frozen_adapters(policy), chunk_size, _source(policy, frozen_adapters(policy)))
-    if kind == "initial":
-        return InitialReference(policy, chunk_size, _source(policy, trained_adapters(policy)))
-    return _loaded(kind, policy, chunk_size, in_4bit, model_kwargs or {})
+    frozen, trained = frozen_adapters(policy), trained_adapters(policy)
+    named: dict[str, Callable[[], Reference]] = {
+        "none": NoReference,
+        "base": lambda: BaseReference(policy, chunk_size),
+        "adapter": lambda: AdapterReference(policy, frozen, chunk_size, _source(policy, frozen)),
+        "initial": lambda: InitialReference(policy, chunk_size, _source(policy, trained)),
+    }
+    return named[kind]() if kind in named else _loaded(kind, policy, chunk_size, in_4bit, model_kwargs or {})
+
+
+def _require_constant_base(policy: PeftModel) -> None:
+    """Refuse the base as reference where it is not what it was, or will not stay it."""
+    reason = changes_base(policy)
+    if reason is not None:
+        raise ValueError(
+            f"reference='base' must have a base that stays as it is, got one that does not: {reason}. Use "
+            "reference='initial', which keeps a copy of the start."
+        )
 
 
 def _automatic(policy: PeftModel, ignored: bool) -> str:
@@ -423,32 +468,16 @@ def _automatic(policy: PeftModel, ignored: bool) -> str:
 
 
 def _source(policy: PeftModel, names: list[str]) -> str | None:
-    """Where the one named adapter was loaded from, if `load_policy` loaded it."""
-    sources = getattr(policy, "adapter_sources", {})
-    return sources.get(names[0]) if len(names) == 1 else None
+    """Where the uppermost of some adapters was loaded from, if `load_policy` loaded it; its record names the others."""
+    return getattr(policy, "adapter_sources", {}).get(names[-1])
 
 
 def _loaded(
     path_or_id: str, policy: PeftModel, chunk_size: int | None, in_4bit: bool, model_kwargs: dict[str, Any]
 ) -> Reference:
-    """An adapter or a model by its path or id."""
-    path = check_path(path_or_id, "reference")
-    if find_adapter_config_file(path) is None:
-        model = load_base(path, quantize=in_4bit, **model_kwargs)
-        return ModelReference(model, chunk_size, path_or_id)
-    config = PeftConfig.from_pretrained(path)
-    if loading_changes_base(config):
-        raise ValueError(
-            f"The reference adapter must leave the base as it is, got {path_or_id} with init_lora_weights="
-            f"{config.init_lora_weights!r}. Convert it to plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
-        )
-    if config.peft_type != policy.peft_config[policy.active_adapters[0]].peft_type:
-        raise ValueError(
-            f"The reference adapter must be of the policy's kind, got {config.peft_type.value}. Merge it into its base "
-            "and name that model instead."
-        )
-    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    policy.load_adapter(path, ADAPTER_NAME, is_trainable=False)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    return AdapterReference(policy, [ADAPTER_NAME], chunk_size, str(Path(path_or_id)) if Path(path).exists() else path)
+    """An adapter, on what it was stacked on, or a model by its path or id."""
+    source = check_path(path_or_id, "reference")
+    if find_adapter_config_file(source) is None:
+        return ModelReference(load_base(source, quantize=in_4bit, **model_kwargs), chunk_size, source)
+    names = [add_saved_adapter(policy, one, ADAPTER_NAME) for one in (*adapters_below(source), source)]
+    return AdapterReference(policy, names, chunk_size, source)

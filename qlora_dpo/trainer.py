@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, denumpify_detensorize
 
-from qlora_dpo.adapters import trained_adapters
+from qlora_dpo.adapters import require_trainable, trained_adapters
 from qlora_dpo.arguments import (
     check_arguments,
     describe,
@@ -51,7 +51,7 @@ from qlora_dpo.objective import check_columns
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.proof import LayoutProof, prove_layout, prove_model, require_margin, sample_groups, start_margin
 from qlora_dpo.record import check_same_reference, write_record
-from qlora_dpo.reference import AverageReference, ModelReference, Reference, starts_at, with_given
+from qlora_dpo.reference import AverageReference, GivenReference, ModelReference, Reference, starts_at, with_given
 from qlora_dpo.sampling import FilledSampler, with_fillers
 from qlora_dpo.step import Step, load_step_state, save_step_state
 
@@ -116,6 +116,8 @@ class QLoRADPOTrainer(Trainer):
             policy.enable_input_require_grads()  # the reentrant kind sees no gradient behind frozen embeddings
         install_scoring(policy.get_base_model())
         reference = reference_from(policy, ref_model, args)
+        if train_dataset is not None:
+            require_trainable(policy)
         self.step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
         self.starts_at_reference = starts_at(reference, policy)
         self._start_checked = False
@@ -152,9 +154,8 @@ class QLoRADPOTrainer(Trainer):
                 "per GPU with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.data_collator.max_tokens = args.max_tokens_per_forward
-        sets = [self.train_dataset, *as_named(self.eval_dataset).values()]
-        if any(one is not None and "ref_logps" in (one.column_names or []) for one in sets):
-            self.step.reference, self.starts_at_reference = with_given(reference, args.reference), False
+        if self.train_dataset is not None and "ref_logps" in (self.train_dataset.column_names or []):
+            self.starts_at_reference = False
         if isinstance(reference, AverageReference):
             self._sync = SyncReference(reference, args.ref_model_sync_steps)
             self.add_callback(self._sync)
@@ -173,7 +174,10 @@ class QLoRADPOTrainer(Trainer):
             )
         with args.main_process_first(desc="tokenising"):
             prepared, report = prepare_dataset(dataset, name=name, **self._options)
-        check_columns(args.objective, value_columns(prepared.column_names or []), args.label_smoothing)
+        columns = value_columns(prepared.column_names or [])
+        check_columns(args.objective, columns, args.label_smoothing)
+        if "ref_logps" in columns and not isinstance(self.step.reference, GivenReference):
+            self.step.reference = with_given(self.step.reference, args.reference)
         if report is not None:
             self.data_reports[name] = report
             if args.process_index == 0:
@@ -217,8 +221,16 @@ class QLoRADPOTrainer(Trainer):
         self.data_collator.layout = layout
         if self.args.precompute_ref_log_probs:
             precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
-            self.step.reference = cached_reference(self.reference, self.args.reference_cache, precision)
+            live = self.reference.otherwise if isinstance(self.reference, GivenReference) else self.reference
+            cached = cached_reference(live, self.args.reference_cache, precision)
+            self.step.reference = cached if live is self.reference else GivenReference(cached)
         self._proven = True
+
+    @property
+    def _cached(self) -> CachedReference | None:
+        """The reference that is kept on disk, if one is."""
+        reference = self.reference.otherwise if isinstance(self.reference, GivenReference) else self.reference
+        return reference if isinstance(reference, CachedReference) else None
 
     def _check_start(self) -> None:
         """Compare the policy with its reference before the first step, once, and say what is what."""
@@ -229,8 +241,7 @@ class QLoRADPOTrainer(Trainer):
         with self.accelerator.autocast():
             margin = start_margin(self.model, self.reference, groups, layout, args.device, args.logps_chunk_size)
             if self.starts_at_reference:
-                rounds = isinstance(self.reference, CachedReference)
-                proof = prove_layout(self.model, groups, layout, args.device) if rounds else None
+                proof = None if self._cached is None else prove_layout(self.model, groups, layout, args.device)
                 require_margin(margin, 0.0 if proof is None else proof.tolerance)
         if args.process_index == 0:
             exactly = " (exactly 0)" if margin == 0 else ""
@@ -243,8 +254,8 @@ class QLoRADPOTrainer(Trainer):
 
     def precompute_reference(self) -> None:
         """Score all data under the reference, where it is kept on disk; what is there already is not scored again."""
-        args, reference = self.args, self.reference
-        if not isinstance(reference, CachedReference):
+        args, reference = self.args, self._cached
+        if reference is None:
             raise RuntimeError(
                 "The reference must be kept on disk to be computed before. Set precompute_ref_log_probs."
             )
@@ -261,7 +272,7 @@ class QLoRADPOTrainer(Trainer):
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
         self._prove()
         self.model.train()
-        if isinstance(self.reference, CachedReference):
+        if self._cached is not None:
             self.precompute_reference()
         self._check_start()
         self._unprepare()
