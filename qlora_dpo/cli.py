@@ -21,9 +21,9 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as transformers_logging
 
 from qlora_dpo.config import QLoRADPOConfig
-from qlora_dpo.data import load_rows
+from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
-from qlora_dpo.model import adapter_folder, default_quantization, load_policy, load_tokenizer
+from qlora_dpo.model import UNKNOWN, adapter_folder, default_quantization, load_policy, load_tokenizer
 from qlora_dpo.record import read_record, recorded_reference, require_known, saved_adapter, warn_of_reference
 from qlora_dpo.trainer import QLoRADPOTrainer
 
@@ -268,13 +268,16 @@ def evaluate(words: Sequence[str]) -> None:
         {name: getattr(record, name) for name in kept}
         | record.loss
         | {
-            "reference": recorded_reference(record),
+            "reference": recorded_reference(record, given=False),
             "output_dir": str(Path(adapter, "evaluation")),
             "bf16": record.mixed_precision == "bf16",
             "fp16": record.mixed_precision == "fp16",
         }
     )
     chosen, args = parse(classes, words, program, defaults)
+    rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
+    if args.reference == UNKNOWN:
+        args.reference = recorded_reference(record, given="ref_logps" in value_columns(rows.column_names))
     require_known(record, args.reference)
     quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
     policy = load_policy(
@@ -287,10 +290,10 @@ def evaluate(words: Sequence[str]) -> None:
         revision=record.base_revision or "main",
         trust_remote_code=args.trust_remote_code,
     )
-    rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
     trainer = QLoRADPOTrainer(
         model=policy, args=args, eval_dataset=rows, processing_class=load_tokenizer(chosen.adapter)
     )
+    trainer.step.bco_delta.total, trainer.step.bco_delta.count = record.bco_delta, 1
     warn_of_reference(record, trainer.reference)
     metrics = trainer.evaluate()
     print(_summary(chosen.adapter, metrics))

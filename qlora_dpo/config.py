@@ -27,6 +27,7 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "train_sampling_strategy": ("random", "sequential"),
     "label_smoothing_factor": (0.0,),
     "use_liger_kernel": (False,),
+    "batch_eval_metrics": (False,),
 }
 """Fields that are not honoured, with the values that ask for nothing: TRL's, and some of TrainingArguments."""
 
@@ -45,6 +46,7 @@ LOSS_FIELDS = (
     "cpo_alpha",
     "dpop_lambda",
     "bco_running_mean",
+    "router_aux_loss_coef",
 )
 """Fields that decide the loss; `qlora_dpo.json` keeps them."""
 
@@ -219,14 +221,29 @@ class QLoRADPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
+        self._read_as_the_command_line_does()
         self._set_device_and_precision()
         if getattr(self, "activation_checkpointing", False) is None:  # the newer name of the same field
             self.activation_checkpointing = self.gradient_checkpointing
         self._check()
         self._check_secrets()
         super().__post_init__()
+
+    def _read_as_the_command_line_does(self) -> None:
+        """One loss as a list of one, and numbers that YAML leaves as text (`1e-1`) as numbers."""
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if isinstance(self.loss_weights, (int, float)):
+            self.loss_weights = [self.loss_weights]
+        if not isinstance(self.loss_type, (list, tuple)):
+            raise TypeError(f"`loss_type` must be a name or a list of them, got {self.loss_type!r}. Use 'sigmoid'.")
+        for name in (*RANGES, "learning_rate", "ld_alpha", "f_alpha_divergence_coef", "ref_model_mixup_alpha"):
+            value = getattr(self, name, None)
+            if isinstance(value, str):
+                try:
+                    setattr(self, name, float(value))
+                except ValueError as error:
+                    raise TypeError(f"`{name}` must be a number, got {value!r}. Write it as one.") from error
 
     def _set_device_and_precision(self) -> None:
         if not torch.accelerator.is_available():

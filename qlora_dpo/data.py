@@ -384,7 +384,7 @@ def prepare_dataset(
     Raises:
         ValueError: If the set is empty, its columns are not understood, or every row is dropped.
     """
-    columns = list(dataset.column_names or [])
+    columns = _columns(dataset)
     if set(GROUP_COLUMNS) <= set(columns):
         return _numbered(dataset), None
     dataset = dataset.with_format(None)
@@ -430,9 +430,22 @@ def _numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return dataset.remove_columns("row").add_column("row", list(range(len(dataset))))
 
 
+def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+    """The columns of a data set; a stream of a generator only shows them in its first row."""
+    if dataset.column_names is None:
+        return list(next(iter(dataset), {}))
+    return list(dataset.column_names)
+
+
 def value_columns(columns: Sequence[str]) -> list[str]:
     """The columns with numbers for pairs and completions among those of a data set, as `VALUE_COLUMNS` names them."""
-    given = {"ref_logps"} if {"ref_chosen_logps", "ref_rejected_logps"} <= set(columns) else set()
+    halves = {"ref_chosen_logps", "ref_rejected_logps"} & set(columns)
+    if len(halves) == 1:
+        raise ValueError(
+            f"`ref_chosen_logps` and `ref_rejected_logps` must be given both or neither, got {halves.pop()} alone. Add "
+            "the other, or remove it."
+        )
+    given = {"ref_logps"} if halves else set()
     return [name for name in VALUE_COLUMNS if name in {*columns, *given}]
 
 

@@ -1,6 +1,5 @@
 """Exact evaluation: the numbers of every pair, kept until the data set is through."""
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,22 @@ from qlora_dpo.metrics import COLUMNS, summarize
 
 
 class PairRecords:
-    """Rows of the pair table by data-set row, pair number, and how often this process has seen that pair.
+    """Rows of the pair table by data-set row, pair number, and the tokens of the pair.
 
-    A pair that two processes scored, because the last batch was filled up, counts once. Rows of a stream may share a
-    number (each worker of a loader counts its own), so within a process every pair counts.
+    A pair that was scored twice, because the last batch of a process was filled up, counts once. Rows of a stream may
+    share a number (each shard and each worker of a loader counts its own): their tokens tell them apart.
     """
 
     def __init__(self) -> None:
         self._tables: list[Tensor] = []
-        self._keys: list[tuple[int, int, int]] = []
-        self._seen: Counter[tuple[int, int]] = Counter()
+        self._keys: list[tuple[int, int, str]] = []
 
-    def add(self, table: Tensor, rows: list[int], pair_ids: list[int]) -> None:
-        """Keep a table of pairs (`COLUMNS`, perhaps `SIDES` behind them) with their data-set rows and numbers."""
+    def add(self, table: Tensor, batch: dict[str, Any]) -> None:
+        """Keep the table of a batch's pairs (`COLUMNS`, perhaps `SIDES` behind them)."""
         self._tables.append(table)
-        for pair in zip(rows, pair_ids, strict=True):
-            self._keys.append((*pair, self._seen[pair]))
-            self._seen[pair] += 1
+        sides = zip(batch["yw_idxs"].tolist(), batch["yl_idxs"].tolist(), strict=True)
+        tokens = [batch["keys"][w] + batch["keys"][l] for w, l in sides]
+        self._keys += zip(batch["rows"], batch["pair_ids"], tokens, strict=True)
 
     def gathered(self) -> "GatheredPairs":
         """The records of all processes, each pair once, in data-set order."""
@@ -43,13 +41,13 @@ class PairRecords:
 class GatheredPairs:
     """Every pair of a data set once."""
 
-    def __init__(self, values: dict[tuple[int, int, int], Any]) -> None:
+    def __init__(self, values: dict[tuple[int, int, str], Any]) -> None:
         self._keys = list(values)
         self._table = np.stack(list(values.values())) if values else np.empty((0, len(COLUMNS)))
 
     def __len__(self) -> int:
-        """Groups with a pair."""
-        return len({(row, seen) for row, _, seen in self._keys})
+        """Data-set rows with a pair."""
+        return len({row for row, *_ in self._keys})
 
     def column(self, name: str) -> np.ndarray:
         """`(T,)` values of a column of the pair table, fp64."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from qlora_dpo.cache import completion_key
+from qlora_dpo.preferences import PAIR_VALUES
 
 LAYOUTS = ("tree", "packed", "padded")
 
@@ -300,5 +301,10 @@ class GroupCollator:
 def group_of(row: dict[str, Any]) -> Group:
     """The group of a tokenised data-set row (columns `prompt_ids`, `completion_ids`, `pairs`, `row`, values)."""
     pairs = [(int(w), int(l)) for w, l in row["pairs"]]
-    values = {name: row[name] for name in GROUP_VALUES if row.get(name) is not None}
+    values = {name: row[name] for name in GROUP_VALUES if name in row}
+    for name, value in values.items():
+        if value is None:  # of a set without the column that was put together with one that has it
+            if name == "ref_logps":
+                raise ValueError("`ref_logps` must be given in every row or in none, got a row without. Correct it.")
+            values[name] = [PAIR_VALUES[name][2]] * len(pairs)
     return Group(row["prompt_ids"], row["completion_ids"], pairs, row.get("row", 0), **values)

@@ -35,9 +35,12 @@ def check_range(name: str, value: float) -> None:
     """Refuse a hyperparameter outside its range.
 
     Raises:
-        ValueError: If it is.
+        TypeError: If it is no number.
+        ValueError: If it is outside.
     """
     rule, holds, advice = RANGES[name]
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {value!r}. {advice}")
     if not holds(value):
         raise ValueError(f"`{name}` must {rule}, got {value}. {advice}")
 

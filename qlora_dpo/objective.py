@@ -81,6 +81,8 @@ def desensitized(scores: Scores, ld_alpha: float) -> Scores:
     others = [*scores.yl_idxs.tolist(), *scores.yw_idxs.tolist()]
 
     def cut(token_logps: Tensor) -> Tensor:
+        if not sides:
+            return token_logps[:0]
         runs = token_logps.split(lengths)
         shared = [runs[a][: lengths[b]] for a, b in zip(sides, others, strict=True)]
         heads = sum_by_completion(torch.cat(shared), [len(run) for run in shared])
@@ -244,7 +246,9 @@ def make_objective(
         ValueError: For values out of range, and for combinations that have no meaning.
     """
     names = tuple(loss_type)
-    weights = (1.0,) * len(names) if loss_weights is None else tuple(float(weight) for weight in loss_weights)
+    weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
+    if not all(isinstance(weight, (int, float)) for weight in weights):
+        raise TypeError(f"`loss_weights` must be numbers, got {list(weights)}. Give one for each loss, or None.")
     for name in names:
         if name not in LOSSES:
             raise ValueError(f"`loss_type` must be one of {sorted(LOSSES)}, or a list of them, got {name!r}.")
@@ -260,7 +264,7 @@ def make_objective(
         )
     for name, value in hyperparameters.items():
         check_range(name, value)
-    objective = Objective(names, weights, hyperparameters, **modifiers)
+    objective = Objective(names, tuple(map(float, weights)), hyperparameters, **modifiers)
     _check_unused(objective)
     _check_modifiers(objective)
     return objective
@@ -356,6 +360,11 @@ def check_columns(objective: Objective, columns: Sequence[str], label_smoothing:
         raise ValueError(
             f"A column `offsets` must go with loss_type='odpo', which uses it, got {list(objective.losses)}. Remove "
             "the column, or use that loss."
+        )
+    if "ref_logps" in columns and objective.ignores_reference:
+        raise ValueError(
+            f"A column `ref_logps` must go with a loss that has a reference, got {list(objective.losses)}. Remove the "
+            "column."
         )
     if "ref_logps" in columns and objective.ld_alpha is not None:
         raise ValueError(

@@ -4,7 +4,7 @@ All of it without gradient, on the longest and the shortest group of the data.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig
 from qlora_dpo.forward import noise_off, score_batch, to_device
 from qlora_dpo.layouts import Group, group_of, make_batch
 from qlora_dpo.logps import widen
-from qlora_dpo.reference import Reference
 
 SAMPLE = 2048
 STREAM_SAMPLE = 16
@@ -201,7 +200,7 @@ def choose_layout(
 
 def start_margin(
     model: nn.Module,
-    reference: Reference,
+    compared: Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]],
     groups: Sequence[Group],
     layout: str,
     device: torch.device,
@@ -211,14 +210,14 @@ def start_margin(
 
     Args:
         model: The policy.
-        reference: What it is compared with.
+        compared: Scores what it is compared with.
         groups: Groups whose pairs to score.
         layout: The layout to score in.
         device: The model's device.
         chunk_size: Positions in a tile of logits, as the reference has it: other tiles round otherwise.
     """
     batch = to_device(make_batch(groups, layout), device)
-    ref_logps = reference(model, batch)["logps"]
+    ref_logps = compared(model, batch)["logps"]
     with torch.no_grad(), noise_off(model):
         logratios = score_batch(model, batch, chunk_size=chunk_size)["logps"] - ref_logps
     margins = logratios[batch["yw_idxs"]] - logratios[batch["yl_idxs"]]

@@ -30,6 +30,7 @@ class AdapterRecord:
         stacked_on: Path or id of the frozen adapter that this one was trained on top of; `unknown` if it has none.
         beta: Factor of the rewards.
         loss: The options that made the loss, by name.
+        bco_delta: Running mean of rewards at the end, with `bco_running_mean`.
         max_length: Most tokens of prompt + completion in training, or None.
         max_prompt_length: Most tokens of a prompt, or None.
         pair_strategy: How scores or ranks became pairs.
@@ -46,13 +47,30 @@ class AdapterRecord:
     max_prompt_length: int | None
     pair_strategy: str
     loss: dict[str, Any] = field(default_factory=dict)
+    bco_delta: float = 0.0
     reference_source: str | None = None
     reference_hash: str | None = None
     stacked_on: str | None = None
 
 
-def write_record(folder: str, policy: PeftModel, args: QLoRADPOConfig, reference: Reference) -> None:
-    """Write the record of a policy beside its adapter: PEFT saves one that is not named `default` in a sub-folder."""
+def write_record(
+    folder: str,
+    policy: PeftModel,
+    args: QLoRADPOConfig,
+    reference: Reference,
+    given: bool = False,
+    bco_delta: float = 0.0,
+) -> None:
+    """Write the record of a policy beside its adapter: PEFT saves one that is not named `default` in a sub-folder.
+
+    Args:
+        folder: Where the adapter was saved.
+        policy: The policy.
+        args: The configuration.
+        reference: What the policy was compared with.
+        given: Whether the training data brought its own log-probabilities instead.
+        bco_delta: The running mean of rewards.
+    """
     names, below = trained_adapters(policy), frozen_adapters(policy)
     sources = getattr(policy, "adapter_sources", {})
     base = policy.get_base_model()
@@ -65,12 +83,13 @@ def write_record(folder: str, policy: PeftModel, args: QLoRADPOConfig, reference
         quantization=described,
         dtype=str(base.dtype).removeprefix("torch."),
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
-        reference=reference.kind,
+        reference="given" if given else reference.kind,
         reference_source=reference.source,
         reference_hash=reference_hash(reference),
         stacked_on=sources.get(below[-1], UNKNOWN) if below else None,
         beta=args.beta,
         loss={name: getattr(args, name) for name in LOSS_FIELDS},
+        bco_delta=bco_delta,
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         pair_strategy=args.pair_strategy,
@@ -97,7 +116,7 @@ def read_record(folder: str) -> AdapterRecord:
     return AdapterRecord(**{name: value for name, value in found.items() if name in known})
 
 
-def check_same_reference(folder: str, policy: PeftModel, reference: Reference) -> None:
+def check_same_reference(folder: str, policy: PeftModel, reference: Reference, given: bool = False) -> None:
     """Refuse to go on from a checkpoint whose rewards are relative to something else.
 
     Raises:
@@ -107,7 +126,7 @@ def check_same_reference(folder: str, policy: PeftModel, reference: Reference) -
     if not names:
         return
     record = read_record(str(Path(folder, names[0])))
-    now = (reference.kind, reference_hash(reference))
+    now = ("given" if given else reference.kind, reference_hash(reference))
     if (record.reference, record.reference_hash) != now:
         raise RuntimeError(
             f"The reference must be that of the checkpoint {folder}, got another: {now[0]} ({now[1]}) instead of "
@@ -121,11 +140,17 @@ def saved_adapter(folder: str) -> str:
     return str(inside[0]) if len(inside) == 1 and not Path(folder, "adapter_config.json").is_file() else folder
 
 
-def recorded_reference(record: AdapterRecord) -> str:
+def recorded_reference(record: AdapterRecord, given: bool) -> str:
     """The option `reference` that gives the reference of a record again.
 
     It is `unknown` where it cannot be had again, which only matters if no other is asked for.
+
+    Args:
+        record: The record.
+        given: Whether the data at hand brings its own reference log-probabilities.
     """
+    if record.reference == "given" and given:
+        return "auto"
     return record.reference if record.reference in ("base", "none") else record.reference_source or UNKNOWN
 
 

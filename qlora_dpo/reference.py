@@ -34,6 +34,7 @@ from qlora_dpo.model import adapters_below, add_saved_adapter, check_path, is_qu
 
 REFERENCES = ("auto", "base", "initial", "none")
 """What the option `reference` names; anything else is a path or id."""
+GIVEN = "given log-probabilities (column `ref_logps`)"
 ADAPTER_NAME = "reference"
 """Name of a reference adapter that is loaded beside the policy's."""
 
@@ -42,14 +43,14 @@ class Reference(Protocol):
     """Scores completions under the reference."""
 
     kind: str
-    """`base`, `initial`, `adapter`, `model`, `average`, `given` or `none`, as `qlora_dpo.json` has it."""
+    """`base`, `initial`, `adapter`, `model`, `average` or `none`, as `qlora_dpo.json` has it."""
     description: str
     """What it is, for people."""
     source: str | None
     """Path or id it can be loaded from again, if it has one."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`logps` `(B,)` in nats and, unless they are given as sums, `token_logps` `(N,)`, without gradient."""
+        """`logps` `(B,)` in nats and `token_logps` `(N,)`, without gradient."""
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors that decide its scores, by name."""
@@ -289,27 +290,6 @@ class NoReference:
         return {}
 
 
-class GivenReference:
-    """Log-probabilities that the data set brings, and another reference for sets without them."""
-
-    kind = "given"
-    description = "given log-probabilities (column `ref_logps`)"
-    source: str | None = None
-
-    def __init__(self, otherwise: Reference) -> None:
-        self.otherwise = otherwise
-
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The given sums, in nats."""
-        if "ref_logps" not in batch:
-            return self.otherwise(model, batch)
-        return {"logps": torch.tensor(batch["ref_logps"], dtype=torch.float64).float().to(batch["yw_idxs"].device)}
-
-    def weights(self) -> dict[str, Tensor]:
-        """Those of the reference for other sets."""
-        return self.otherwise.weights()
-
-
 def _base_identity(policy: PeftModel) -> dict[str, Tensor]:
     """Tensors of the base model and the scales of its 8-bit layers."""
     return {**base_weights(policy), **_constants(policy.get_base_model())}
@@ -354,22 +334,21 @@ def fingerprint(reference: Reference) -> str:
     return weights_fingerprint(tensors())
 
 
-def with_given(reference: Reference, asked: str) -> GivenReference:
-    """The data set's own log-probabilities in place of a reference, which stays for sets without them.
+def require_no_other(reference: Reference, asked: str) -> None:
+    """Refuse another reference beside a data set's own log-probabilities (column `ref_logps`).
 
     Args:
         reference: What would be the reference.
         asked: The option `reference`.
 
     Raises:
-        ValueError: If another reference was asked for.
+        ValueError: If another was asked for.
     """
-    if asked != "auto" or reference.kind in ("model", "average", "none"):
+    if asked != "auto" or reference.kind in ("model", "average"):
         raise ValueError(
             f"`reference` must be 'auto' with a column `ref_logps`, which takes its place, got "
             f"'{reference.description}'. Drop one of them."
         )
-    return GivenReference(reference)
 
 
 def starts_at(reference: Reference, policy: PeftModel) -> bool:

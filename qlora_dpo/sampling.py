@@ -4,7 +4,9 @@ Processes must make the same number of steps, so a data set that does not divide
 groups it has already dealt, which then count twice; these here have no pairs, so they add nothing to any sum.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -12,6 +14,17 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import RandomSampler, Sampler
 
 from qlora_dpo.layouts import GROUP_VALUES
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value of an attribute inside the block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 class FilledSampler(Sampler):
@@ -45,3 +58,26 @@ def with_fillers(dataset: Dataset, multiple: int) -> Dataset:
     if "ref_logps" in filler:
         filler["ref_logps"] = dataset[0]["ref_logps"]
     return concatenate_datasets([dataset, Dataset.from_list([filler] * missing, features=dataset.features)])
+
+
+def filled(
+    dataset: Any, sampler_fn: Callable[[Any], Sampler], multiple: int, seed: int | None
+) -> tuple[Dataset, Sampler]:
+    """A data set filled up to a multiple, and the sampler that deals its fillers last.
+
+    Args:
+        dataset: Tokenised groups.
+        sampler_fn: Makes the sampler of the genuine ones.
+        multiple: Groups that all processes deal at a time.
+        seed: `data_seed`.
+
+    Raises:
+        ValueError: For a stream.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            "A stream must be trained on with dataloader_drop_last=True by several processes, got False: its last "
+            "batch would be filled up with groups that then count twice. Set it, or use a data set of known length."
+        )
+    whole = with_fillers(dataset, multiple)
+    return whole, FilledSampler(sampler_fn(dataset), len(dataset), len(whole) - len(dataset), seed)

@@ -50,9 +50,15 @@ class Step:
         router = (ROUTER_LOSS,) if self.router_aux_loss_coef else ()
         return (*STATISTICS, *self.objective.statistics, *router)
 
+    def compared(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the policy is compared with: the log-probabilities that the data brings, or the reference's."""
+        if "ref_logps" not in batch:
+            return self.reference(model, batch)
+        return {"logps": torch.tensor(batch["ref_logps"], dtype=torch.float32, device=batch["yw_idxs"].device)}
+
     def scores(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Scores, dict[str, Tensor]]:
         """Log-probabilities of a batch under reference and policy, and the policy's token values."""
-        reference = self.reference(model, batch)
+        reference = self.compared(model, batch)
         tokens = score_batch(model, batch, self._statistics, self.chunk_size)
         return _scores_of(batch, reference, tokens), tokens
 
@@ -122,7 +128,7 @@ class Step:
 
     def _without_gradient(self, model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Reference and policy scores, every forward's random state kept."""
-        reference = self.reference(model, batch)
+        reference = self.compared(model, batch)
         found = []
         for part in batch.get("parts", [batch]):
             part["random_state"] = RandomState.of(part["targets"].device)
@@ -217,9 +223,24 @@ def save_step_state(step: Step, folder: Path) -> None:
 def load_step_state(step: Step, folder: Path) -> None:
     """Go on from a checkpoint's `reference/`."""
     if isinstance(step.reference, AverageReference):
-        state = load_file(Path(folder, "reference", "average.safetensors"))
+        state = load_file(_state_file(folder, "average.safetensors", "sync_ref_model"))
         if state:
             step.reference.load_state_dict(state)
     if step.objective.bco_running_mean:
-        state = json.loads(Path(folder, "reference", "bco_delta.json").read_text())
+        state = json.loads(_state_file(folder, "bco_delta.json", "bco_running_mean").read_text())
         step.bco_delta.total, step.bco_delta.count = state["total"], state["count"]
+
+
+def _state_file(folder: Path, name: str, option: str) -> Path:
+    """A file of a checkpoint's `reference/`.
+
+    Raises:
+        RuntimeError: If it is not there.
+    """
+    path = Path(folder, "reference", name)
+    if not path.is_file():
+        raise RuntimeError(
+            f"A checkpoint to go on from with `{option}` must hold reference/{name}, got none in {folder}. Go on with "
+            "the options of the run that wrote it."
+        )
+    return path

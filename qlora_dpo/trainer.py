@@ -51,8 +51,8 @@ from qlora_dpo.objective import check_columns
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.proof import LayoutProof, prove_layout, prove_model, require_margin, sample_groups, start_margin
 from qlora_dpo.record import check_same_reference, write_record
-from qlora_dpo.reference import AverageReference, GivenReference, ModelReference, Reference, starts_at, with_given
-from qlora_dpo.sampling import FilledSampler, with_fillers
+from qlora_dpo.reference import GIVEN, AverageReference, ModelReference, Reference, require_no_other, starts_at
+from qlora_dpo.sampling import filled, replaced
 from qlora_dpo.step import Step, load_step_state, save_step_state
 
 
@@ -123,6 +123,9 @@ class QLoRADPOTrainer(Trainer):
         self._start_checked = False
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False  # processes may make different numbers of forwards
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if reentrant and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # it would mark what the recomputed layers use twice
         args.accelerator_config.dispatch_batches = False  # it would cut a stream's tensors by their first size
         self.data_reports: dict[str, DataReport] = {}
         self.layout_proof: LayoutProof | None = None
@@ -154,8 +157,7 @@ class QLoRADPOTrainer(Trainer):
                 "per GPU with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.data_collator.max_tokens = args.max_tokens_per_forward
-        if self.train_dataset is not None and "ref_logps" in (self.train_dataset.column_names or []):
-            self.starts_at_reference = False
+        self.given = "ref_logps" in (getattr(self.train_dataset, "column_names", None) or [])  # instead of a reference
         if isinstance(reference, AverageReference):
             self._sync = SyncReference(reference, args.ref_model_sync_steps)
             self.add_callback(self._sync)
@@ -176,8 +178,8 @@ class QLoRADPOTrainer(Trainer):
             prepared, report = prepare_dataset(dataset, name=name, **self._options)
         columns = value_columns(prepared.column_names or [])
         check_columns(args.objective, columns, args.label_smoothing)
-        if "ref_logps" in columns and not isinstance(self.step.reference, GivenReference):
-            self.step.reference = with_given(self.step.reference, args.reference)
+        if "ref_logps" in columns:
+            require_no_other(self.step.reference, args.reference)
         if report is not None:
             self.data_reports[name] = report
             if args.process_index == 0:
@@ -191,14 +193,17 @@ class QLoRADPOTrainer(Trainer):
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s, with fillers instead of repeated groups where several processes train."""
-        sampler_fn = kwargs.get("sampler_fn")
-        fills = kwargs.get("is_training") and self.args.world_size > 1 and not self.args.dataloader_drop_last
-        if fills and sampler_fn is not None and isinstance(dataset, Dataset):
-            groups, seed = dataset, self.args.data_seed
-            dataset = with_fillers(groups, self._train_batch_size * self.args.world_size)
-            count = len(dataset) - len(groups)
-            kwargs["sampler_fn"] = lambda _: FilledSampler(sampler_fn(groups), len(groups), count, seed)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        trains, drops = kwargs.get("is_training", False), self.args.dataloader_drop_last
+        if not trains:
+            with replaced(self.args, "dataloader_drop_last", False):  # every pair is evaluated
+                return super()._get_dataloader(dataset, *args, **kwargs)
+        if self.args.world_size == 1 or drops:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        step = self._train_batch_size * self.args.world_size
+        dataset, sampler = filled(dataset, kwargs["sampler_fn"], step, self.args.data_seed)
+        loader = super()._get_dataloader(dataset, *args, **(kwargs | {"sampler_fn": lambda _: sampler}))
+        loader.batch_sampler.sampler = sampler  # where a resumed epoch is looked for
+        return loader
 
     # ---- what is checked before the first number is used ---------------------------------------------------------
 
@@ -221,16 +226,8 @@ class QLoRADPOTrainer(Trainer):
         self.data_collator.layout = layout
         if self.args.precompute_ref_log_probs:
             precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
-            live = self.reference.otherwise if isinstance(self.reference, GivenReference) else self.reference
-            cached = cached_reference(live, self.args.reference_cache, precision)
-            self.step.reference = cached if live is self.reference else GivenReference(cached)
+            self.step.reference = cached_reference(self.reference, self.args.reference_cache, precision)
         self._proven = True
-
-    @property
-    def _cached(self) -> CachedReference | None:
-        """The reference that is kept on disk, if one is."""
-        reference = self.reference.otherwise if isinstance(self.reference, GivenReference) else self.reference
-        return reference if isinstance(reference, CachedReference) else None
 
     def _check_start(self) -> None:
         """Compare the policy with its reference before the first step, once, and say what is what."""
@@ -239,13 +236,15 @@ class QLoRADPOTrainer(Trainer):
         self._start_checked = True
         args, groups, layout = self.args, self._sample(), self.data_collator.layout
         with self.accelerator.autocast():
-            margin = start_margin(self.model, self.reference, groups, layout, args.device, args.logps_chunk_size)
-            if self.starts_at_reference:
-                proof = None if self._cached is None else prove_layout(self.model, groups, layout, args.device)
+            margin = start_margin(self.model, self.step.compared, groups, layout, args.device, args.logps_chunk_size)
+            if self.starts_at_reference and not self.given:
+                rounds = isinstance(self.reference, CachedReference)
+                proof = prove_layout(self.model, groups, layout, args.device) if rounds else None
                 require_margin(margin, 0.0 if proof is None else proof.tolerance)
         if args.process_index == 0:
             exactly = " (exactly 0)" if margin == 0 else ""
-            parts = [f"policy: {describe(self.model)}", f"reference: {self.reference.description}"]
+            reference = GIVEN if self.given else self.reference.description
+            parts = [f"policy: {describe(self.model)}", f"reference: {reference}"]
             print(*parts, f"largest step-0 margin: {margin:.3g} nats{exactly}", sep="; ", file=sys.stderr)
 
     def _sample(self) -> list[Group]:
@@ -254,11 +253,9 @@ class QLoRADPOTrainer(Trainer):
 
     def precompute_reference(self) -> None:
         """Score all data under the reference, where it is kept on disk; what is there already is not scored again."""
-        args, reference = self.args, self._cached
-        if reference is None:
-            raise RuntimeError(
-                "The reference must be kept on disk to be computed before. Set precompute_ref_log_probs."
-            )
+        args, reference = self.args, self.reference
+        if not isinstance(reference, CachedReference):
+            raise RuntimeError("The reference must be kept on disk. Set precompute_ref_log_probs.")
         sets = [one for one in (self.train_dataset, *as_named(self.eval_dataset).values()) if one is not None]
         size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         share = (args.process_index, args.world_size)
@@ -272,11 +269,11 @@ class QLoRADPOTrainer(Trainer):
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
         self._prove()
         self.model.train()
-        if self._cached is not None:
+        if isinstance(self.reference, CachedReference):
             self.precompute_reference()
         self._check_start()
         self._unprepare()
-        self._last_log = time.perf_counter()
+        self._sums, self._last_log = RunningSums(), time.perf_counter()
         return super().train(*args, **kwargs)
 
     def _unprepare(self) -> None:
@@ -341,7 +338,7 @@ class QLoRADPOTrainer(Trainer):
             total, outputs = losses.sum(), {"losses": losses, "pairs": table}
             if model.training:
                 self._sums.add(table, inputs["num_unique_tokens"])
-        items = self._items([inputs]) if num_items_in_batch is None else num_items_in_batch
+        items = max(self._items([inputs]), 1) if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = total / items * processes
         return (loss, outputs) if return_outputs else loss
@@ -349,16 +346,21 @@ class QLoRADPOTrainer(Trainer):
     def _items(self, batches: Iterable[dict[str, Any]]) -> int:
         """Items of the mean loss in batches: their pairs, or their groups that have one."""
         if not self.step.objective.counts_groups:
-            return max(sum(len(batch["rows"]) for batch in batches), 1)
-        return max(sum(len(set(batch["group"][batch["yw_idxs"]].tolist())) for batch in batches), 1)
+            return sum(len(batch["rows"]) for batch in batches)
+        return sum(len(set(batch["group"][batch["yw_idxs"]].tolist())) for batch in batches)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Items in an optimizer step, over its micro-batches and all processes."""
+        """Items in an optimizer step, over its micro-batches and all processes; its tokens are counted beside them.
+
+        Tokens are counted as TRL does, both sides with their prompt, where checkpoints keep the count.
+        """
         pieces = [piece for sample in batch_samples for piece in sample["pieces"]]
-        items = self._items(pieces) if any(piece["rows"] for piece in pieces) else 0
-        if self.args.world_size == 1:
-            return items
-        return self.accelerator.reduce(torch.tensor(items, device=device), reduction="sum").clamp(min=1)
+        items, tokens = self._items(pieces), sum(piece["num_tokens"] for piece in pieces)
+        if self.args.world_size > 1:
+            counts = torch.tensor([items, tokens], device=device)
+            items, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self.state.num_input_tokens_seen += tokens
+        return max(items, 1)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations per parameter and token placed, as `Trainer` estimates them."""
@@ -383,7 +385,7 @@ class QLoRADPOTrainer(Trainer):
             summarize(sums, pairs)
             | moved
             | {
-                "num_tokens": self._tokens_seen(),
+                "num_tokens": self.state.num_input_tokens_seen,
                 "num_unique_tokens": unique_tokens,
                 "tokens_per_second": unique_tokens / seconds,
                 "pairs_per_second": pairs / seconds,
@@ -391,14 +393,7 @@ class QLoRADPOTrainer(Trainer):
         )
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count tokens as TRL does, both sides with their prompt, where checkpoints keep the count."""
-        self.state.num_input_tokens_seen += sum(piece["num_tokens"] for piece in inputs["pieces"])
-
-    def _tokens_seen(self) -> int:
-        seen = self.state.num_input_tokens_seen
-        if self.args.world_size == 1:
-            return seen
-        return int(self.accelerator.reduce(torch.tensor(seen, device=self.args.device), reduction="sum"))
+        """Nothing: `_get_num_items_in_batch` counts the tokens of all processes."""
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -432,7 +427,7 @@ class QLoRADPOTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         records = self._records.gathered()
         self._records = None
-        metrics = records.metrics() | {"num_tokens": self._tokens_seen()}
+        metrics = records.metrics() | {"num_tokens": self.state.num_input_tokens_seen}
         if self.step.objective.coupled:
             metrics["loss"] = self.step.of_sides(torch.from_numpy(records.sides())).mean().item()
             metrics["loss"] += self.step.router_aux_loss_coef * metrics.get("aux_loss", 0.0)
@@ -472,8 +467,8 @@ class QLoRADPOTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 losses, table = self.step.losses(model, batch)
             if self._records is not None:
-                self._records.add(table, batch["rows"], batch["pair_ids"])
-            means.append(losses.mean())
+                self._records.add(table, batch)
+            means.append(losses.sum() / max(len(losses), 1))
         return torch.stack(means).mean(), None, None
 
     # ---- saving --------------------------------------------------------------------------------------------------
@@ -485,7 +480,7 @@ class QLoRADPOTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained_adapters(self.model))
         self.processing_class.save_pretrained(folder)
-        write_record(folder, self.model, self.args, self.reference)
+        write_record(folder, self.model, self.args, self.reference, self.given, self.step.bco_delta.mean)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As `Trainer`'s, with the state of the step: a moving reference, a running mean."""
@@ -496,10 +491,11 @@ class QLoRADPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The trained adapter and the step's state; frozen adapters and what is trainable stay as they are."""
-        check_same_reference(resume_from_checkpoint, self.model, self.reference)
+        check_same_reference(resume_from_checkpoint, self.model, self.reference, self.given)
         load_trained(self.model, resume_from_checkpoint)
         load_step_state(self.step, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """The trained adapter of the best checkpoint."""
+        """The trained adapter of the best checkpoint, and the step's state there."""
         load_trained(self.model, self.state.best_model_checkpoint)
+        load_step_state(self.step, Path(self.state.best_model_checkpoint))

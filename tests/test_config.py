@@ -68,6 +68,7 @@ def test_what_cannot_be_right_is_refused(tmp_path, options, message):
 ASKED = {
     "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "activation_offloading": True, "pad_token": "<pad>",
     "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1, "use_liger_kernel": True,
+    "batch_eval_metrics": True,
 }  # fmt: skip
 
 

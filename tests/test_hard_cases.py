@@ -16,7 +16,6 @@ import transformers as hf
 import yaml
 from datasets import Dataset, concatenate_datasets
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from test_cli import CLASSES, QUICK, REQUIRED, parsed, train_words
 from transformers import TrainerCallback
 
 from qlora_dpo import QLoRADPOTrainer, load_policy
@@ -27,6 +26,7 @@ from qlora_dpo.model import default_quantization
 from qlora_dpo.preferences import parse_row
 
 from reference_impl import completion_logps
+from test_cli import CLASSES, QUICK, REQUIRED, parsed, train_words
 from tiny_chat import CHAT_ROWS, WORDS, build_tiny_llama, ranked_row
 from tiny_models import ARCHITECTURES, COMMON, FOUR_EXPERTS, _refill, build
 

@@ -398,7 +398,7 @@ def test_given_log_probabilities_are_used(tokenizer, make_args):
         args = make_args(max_steps=1, per_device_train_batch_size=4, learning_rate=0.0)
         trainer = trainer_of(tokenizer, args, policy_of(tokenizer), some)
         trainer.train()
-        assert trainer.reference.kind == "given"
+        assert trainer.given
         found.append(trainer.state.log_history[0]["rewards/chosen"])
     pi = trainer.state.log_history[0]["logps/chosen"]
     assert found == [pytest.approx(0.1 * (pi + 4.5), rel=1e-6)] * 2

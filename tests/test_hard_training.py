@@ -1,0 +1,462 @@
+"""Hard cases of training and evaluation: processes, streams, resuming, records. A docstring says what went wrong.
+
+As a script it is what torchrun starts: `test_hard_training.py CASE.json OUT.json`.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from peft import LoraConfig, get_peft_model
+
+from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
+from qlora_dpo.cli import main
+
+from one_step import RANKED, KeepGradients
+from tiny_chat import build_chat_tokenizer, build_tiny_llama
+from tiny_models import build
+
+
+def free_port():
+    """One of 29700 to 29720 that nobody listens on: another run of this file may be under way."""
+    for port in range(29700 + os.getpid() % 10, 29721):
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("::", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port")
+
+
+def policy_of(tokenizer, model=None, **lora):
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False} | lora
+    return get_peft_model(model or build_tiny_llama(tokenizer), LoraConfig(**options))
+
+
+def trainer_of(folder, train=None, test=None, model=None, callbacks=None, compute_metrics=None, **options):
+    """A trainer of a policy that is not at its reference, in fp32."""
+    tokenizer = build_chat_tokenizer()
+    defaults = {
+        "reference": "base", "max_grad_norm": 0.0, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [],
+        "save_strategy": "no", "disable_tqdm": True, "bf16": False, "use_cpu": True, "max_length": None,
+    }  # fmt: skip
+    return QLoRADPOTrainer(
+        model=model or policy_of(tokenizer),
+        args=QLoRADPOConfig(output_dir=str(folder), **(defaults | options)),
+        train_dataset=Dataset.from_list(train) if isinstance(train, list) else train,
+        eval_dataset=Dataset.from_list(test) if isinstance(test, list) else test,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        compute_metrics=compute_metrics,
+    )
+
+
+def lines(trainer):
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+# ---- what two processes run, and one process in the same way ---------------------------------------------------------
+
+
+def evaluated(folder, world, rows=8, shards=0, batch=2, **options):
+    """Rows and pairs that an evaluation counts, and its loss."""
+    seen = []
+    rows = Dataset.from_list(RANKED[:rows])
+    trainer = trainer_of(
+        folder,
+        test=rows.to_iterable_dataset(num_shards=shards) if shards else rows,
+        per_device_eval_batch_size=batch,
+        compute_metrics=lambda p: seen.append(p.label_ids.tolist()) or {},
+        **options,
+    )
+    metrics = trainer.evaluate()
+    return {"pairs": len(seen[0]), "loss": metrics["eval_loss"]}
+
+
+def stepped(folder, world, rows=8, batch=8, stream=False, **options):
+    """Gradient norms and log lines of training, `batch` groups over all processes."""
+    keep = KeepGradients()
+    rows = Dataset.from_list(RANKED[:rows])
+    trainer = trainer_of(
+        folder,
+        train=rows.to_iterable_dataset() if stream else rows,
+        per_device_train_batch_size=batch // world,
+        callbacks=[keep],
+        **options,
+    )
+    trainer.train()
+    norms = [gradient.norm().item() for gradient in keep.gradients]
+    return {"norms": norms, "loss": [line["loss"] for line in lines(trainer)]}
+
+
+def resumed(folder, world, save_at, **options):
+    """Log lines of a run, and of the same run resumed from a checkpoint of it."""
+    runs = []
+    options |= {"save_strategy": "steps", "save_steps": save_at, "per_device_train_batch_size": 1}
+    for name in ("a", "b"):
+        trainer = trainer_of(folder / name, train=RANKED, **options)
+        trainer.train(resume_from_checkpoint=str(folder / "a" / f"checkpoint-{save_at}") if name == "b" else None)
+        runs.append([[line["step"], line["loss"], line["num_tokens"]] for line in lines(trainer)])
+    return runs
+
+
+def on_two(tmp_path, name, **options):
+    """What rank 0 returns of a case that two processes run."""
+    (tmp_path / "case.json").write_text(json.dumps([name, str(tmp_path), options]))
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+         str(here / "test_hard_training.py"), str(tmp_path / "case.json"), str(tmp_path / "out.json")],
+        capture_output=True, text=True, timeout=180, check=False,
+        env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if "Error:" in line or "Error(" in line]
+    assert done.returncode == 0, errors[:3]
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(1, 2), (3, 4), (5, 2)])
+def test_two_processes_evaluate_every_pair_once(tmp_path, rows, batch):
+    """`PairRecords.add` counts a pair again when the same process sees it again, and accelerate fills the last batch of
+    a rank with groups that this very rank has already scored (5 rows at batch size 2: rank 0 gets [0, 1], [4, 0]). So
+    eval_loss, accuracies, margins and compute_metrics depend on the batch size with two ranks.
+    """
+    one = evaluated(tmp_path, 1, rows=rows, batch=batch)
+    two = on_two(tmp_path, "evaluated", rows=rows, batch=batch)
+    assert two["pairs"] == one["pairs"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "sft", "plackett_luce"])
+def test_two_processes_evaluate_losses_over_the_whole_set_exactly(tmp_path, loss_type):
+    """The same cause: repeated pairs enter the sort of aot, the tokens of sft and the groups of plackett_luce."""
+    options = {"rows": 5, "batch": 2, "loss_type": loss_type}
+    expected = evaluated(tmp_path, 1, **options)["loss"]
+    assert on_two(tmp_path, "evaluated", **options)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_processes_evaluate_every_row_of_a_stream_in_shards(tmp_path):
+    """A stream of as many shards as processes is sharded by accelerate, so `with_indices` counts from 0 in each
+    process: rows of different processes have the same number, and `PairRecords.gathered` keeps one of them. Half the
+    data set is lost in silence (22 of 39 pairs).
+    """
+    options = {"shards": 2}
+    expected = evaluated(tmp_path, 1, **options)
+    found = on_two(tmp_path, "evaluated", **options)
+    assert found["pairs"] == expected["pairs"] == 39
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_process_with_nothing_but_fillers_cuts_to_the_shorter_side(tmp_path):
+    """`desensitized` concatenates a list of runs that is empty when a batch has no pairs, as fillers have none:
+    ValueError "torch.cat(): expected a non-empty list of Tensors" on that rank, the other one is left waiting. Any
+    data set with a rank of fillers only in some micro-batch.
+    """
+    options = {"rows": 1, "batch": 2, "max_steps": 1, "ld_alpha": 0.3}
+    expected = stepped(tmp_path, 1, **options)
+    found = on_two(tmp_path, "stepped", **options)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+def test_two_processes_resume_in_the_order_of_the_epoch(tmp_path):
+    """Resumed in the middle of the second epoch, two processes shuffle as in the first: groups are trained on twice and
+    others not at all. `DataLoaderShard.set_epoch` reaches the sampler through SkipBatchSampler only if accelerate has
+    put it on the BatchSamplerShard too, which it does for its own SeedableRandomSampler and not for `FilledSampler`.
+    """
+    whole, again = on_two(tmp_path, "resumed", save_at=6, max_steps=8)  # four steps an epoch
+    assert [line[1] for line in again[6:]] == [line[1] for line in whole[6:]]
+
+
+def test_two_processes_go_on_counting_tokens_after_resuming(tmp_path):
+    """`state.num_input_tokens_seen` is each process's own count, but trainer_state.json has rank 0's and every rank
+    loads that: `num_tokens` after resuming is wrong by the difference (it may even fall).
+    """
+    whole, again = on_two(tmp_path, "resumed", save_at=2, max_steps=4)  # within the first epoch, so the order is right
+    assert [line[2] for line in again] == [line[2] for line in whole]
+
+
+def test_two_processes_train_on_a_stream_without_counting_groups_twice(tmp_path):
+    """A stream's last batch would be filled with its first groups: 5 groups at 2 x 2 were trained on as 8."""
+    options = {"rows": 5, "batch": 4, "stream": True, "max_steps": 2, "learning_rate": 0.0}
+    with pytest.raises(AssertionError, match="dataloader_drop_last=True"):
+        on_two(tmp_path, "stepped", **options)
+    expected = stepped(tmp_path, 1, **(options | {"rows": 4, "max_steps": 1}))
+    found = on_two(tmp_path, "stepped", **(options | {"max_steps": 1, "dataloader_drop_last": True}))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_two_processes_train_with_reentrant_checkpointing(tmp_path):
+    """DDP raises "Expected to mark a variable ready only once": Trainer sets find_unused_parameters for what is no
+    PreTrainedModel, thus for every PeftModel, and that cannot go with reentrant checkpointing. With
+    ddp_find_unused_parameters=False it works, two stages too.
+    """
+    options = {"max_steps": 1, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    expected = stepped(tmp_path, 1, **options)
+    assert on_two(tmp_path, "stepped", **options)["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+# ---- one process: columns --------------------------------------------------------------------------------------------
+
+
+def weighted(count=4):
+    return [row | {"weights": 3.0 * i} for i, row in enumerate(RANKED[:count])]
+
+
+def test_a_stream_of_a_generator_may_have_weights(tmp_path):
+    """`IterableDataset.from_generator` does not know its columns (column_names is None), so `prepare_dataset` finds no
+    `weights`, does not remove the raw column, and the collator takes it for the tokenised one: TypeError "'float'
+    object is not iterable".
+    """
+
+    def rows():
+        yield from weighted()
+
+    options = {"per_device_train_batch_size": 4, "max_steps": 1, "train_sampling_strategy": "sequential"}
+    known = trainer_of(tmp_path, weighted(), **options)
+    known.train()
+    stream = trainer_of(tmp_path, IterableDataset.from_generator(rows), **options)
+    stream.train()
+    assert lines(stream)[0]["loss"] == pytest.approx(lines(known)[0]["loss"], rel=1e-6)
+
+
+def test_a_stream_of_a_generator_may_have_offsets(tmp_path):
+    """The same: a stream with offsets is refused for having none."""
+
+    def rows():
+        yield from (row | {"offsets": 0.5} for row in RANKED)
+
+    trainer = trainer_of(tmp_path, IterableDataset.from_generator(rows), loss_type="odpo", max_steps=1)
+    trainer.train()
+    assert lines(trainer)
+
+
+def given_logps(rows):
+    return [row | {"ref_logps": [-1.5 * i for i in range(len(row["completions"]))]} for row in rows]
+
+
+@pytest.mark.parametrize("way", ["evaluate", "predict"])
+def test_given_reference_log_probabilities_are_used_wherever_a_set_comes_from(tmp_path, way):
+    """A column `ref_logps` of a set that is passed to `evaluate()` or `predict()` was accepted and ignored."""
+    rows = given_logps(RANKED[:4])
+    expected = trainer_of(tmp_path, test=rows, reference="auto").evaluate()["eval_rewards/margins"]
+    trainer = trainer_of(tmp_path, RANKED[:4], reference="auto")
+    found = getattr(trainer, way)(Dataset.from_list(rows), metric_key_prefix="eval")
+    metrics = found if way == "evaluate" else found.metrics
+    assert metrics["eval_rewards/margins"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_tokenised_sets_with_and_without_weights_may_be_put_together(tmp_path, batch):
+    """Put together, tokenised rows of the set without the column have null. `_pairs` drops the values of a whole batch
+    if one group of it has none, so weights count or not by what falls into the same batch: eval_loss is 1.2459 at batch
+    sizes 1 and 2 and 0.6719 at 4. Raw rows are right (null is 1).
+    """
+    raw = concatenate_datasets([Dataset.from_list(weighted(2)), Dataset.from_list(RANKED[2:4])])
+    expected = trainer_of(tmp_path, test=raw).evaluate()["eval_loss"]
+    both = [trainer_of(tmp_path, rows).train_dataset for rows in (weighted(2), RANKED[2:4])]
+    found = trainer_of(tmp_path, test=concatenate_datasets(both), per_device_eval_batch_size=batch).evaluate()
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_without_reference_says_why_given_log_probabilities_are_refused(tmp_path):
+    """`simpo` with a column `ref_logps`: "`reference` must be 'auto' ..., got 'none'", though it is 'auto'. The loss is
+    the reason, and nobody can tell.
+    """
+    with pytest.raises(ValueError, match="simpo"):
+        trainer_of(tmp_path, given_logps(RANKED[:2]), reference="auto", loss_type="simpo")
+
+
+def test_a_tokenised_group_without_pairs_adds_nothing(tmp_path):
+    """A micro-batch of a tokenised group without pairs divided by 0 items: loss, gradient and adapters were NaN."""
+    rows = trainer_of(tmp_path, RANKED[:2]).train_dataset
+    rows = rows.map(lambda row: {"pairs": [] if row["row"] == 0 else row["pairs"]})
+    trainer = trainer_of(
+        tmp_path, rows, max_steps=2, per_device_train_batch_size=1, train_sampling_strategy="sequential",
+        logging_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
+# ---- one process: state, checkpoints, records ------------------------------------------------------------------------
+
+
+def test_a_second_training_does_not_log_pairs_of_the_first(tmp_path):
+    """Steps after the last log line of a run stay in `_sums` and are pooled into the first line of the next `train()`
+    (3 steps of loss in a line of 2).
+    """
+    options = {"per_device_train_batch_size": 2, "logging_steps": 2, "learning_rate": 0.0}
+    once = trainer_of(tmp_path, RANKED, max_steps=2, **options)
+    once.train()
+    trainer = trainer_of(tmp_path, RANKED, max_steps=3, **options)
+    trainer.train()
+    trainer.train()
+    first = {key: lines(trainer)[0][key] for key in ("loss", "num_unique_tokens")}
+    assert first == {key: lines(once)[0][key] for key in ("loss", "num_unique_tokens")}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"loss_type": "bco_pair", "bco_running_mean": True},
+        {"sync_ref_model": True, "ref_model_sync_steps": 1, "reference": "initial"},
+    ],
+    ids=["bco_running_mean", "sync_ref_model"],
+)
+def test_the_best_model_comes_with_its_state(tmp_path, more):
+    """`load_best_model_at_end` loads the adapter of the best checkpoint and leaves the running mean (or the moving
+    reference) of the last step in force, so that evaluate() does not give `best_metric` again.
+    """
+    trainer = trainer_of(
+        tmp_path, RANKED, RANKED, max_steps=4, learning_rate=1e-2, eval_strategy="steps", save_strategy="steps",
+        eval_steps=1, save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        greater_is_better=True, per_device_train_batch_size=2, **more,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint != str(tmp_path / "checkpoint-4")  # the highest loss, for the test
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_a_checkpoint_without_a_running_mean_is_refused_with_the_reason(tmp_path):
+    """Resuming with `bco_running_mean` from a checkpoint of a run without it ends in a bare FileNotFoundError about
+    reference/bco_delta.json.
+    """
+    options = {"loss_type": "bco_pair", "save_strategy": "steps", "save_steps": 1}
+    trainer_of(tmp_path, RANKED, max_steps=1, **options).train()
+    trainer = trainer_of(tmp_path, RANKED, max_steps=2, bco_running_mean=True, **options)
+    with pytest.raises((ValueError, RuntimeError), match="bco_running_mean"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def cli_loss(folder, adapter, rows, *more):
+    """eval_loss of `qlora-dpo evaluate` from a saved adapter."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", "--adapter", str(adapter), "--dataset_name", str(path), "--dataset_test_split", "train"]
+    assert (
+        main([*words, "--output_dir", str(folder / "e"), "--report_to", "none", "--disable_tqdm", "true", *more]) == 0
+    )
+    return json.loads((folder / "e" / "metrics.json").read_text())
+
+
+def saved(tmp_path, model, train, **options):
+    """A trained and saved adapter on a base in a folder, and its trainer."""
+    tokenizer = build_chat_tokenizer()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    loaded = type(model).from_pretrained(tmp_path / "base", dtype=torch.float32)
+    targets = ["q_proj", "v_proj"]
+    policy = policy_of(tokenizer, loaded, init_lora_weights=True, target_modules=targets)
+    trainer = trainer_of(tmp_path / "run", train, train, policy, max_steps=2, learning_rate=1e-1, **options)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def test_evaluate_repeats_the_loss_of_a_running_mean(tmp_path, base_folder):
+    """`save_model` keeps no running mean beside the adapter (checkpoints do, in reference/), so `qlora-dpo evaluate` of
+    a run with `bco_running_mean` gives another eval_loss than the run, without a word: delta is 0.
+    """
+    trainer = saved(
+        tmp_path,
+        build_tiny_llama(build_chat_tokenizer()),
+        RANKED,
+        loss_type="bco_pair",
+        bco_running_mean=True,
+        beta=1.0,
+    )
+    expected = trainer.evaluate()["eval_loss"]
+    assert cli_loss(tmp_path, tmp_path / "run", RANKED)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluate_repeats_the_router_loss(tmp_path):
+    """`router_aux_loss_coef` changes the loss and is not in qlora_dpo.json: `qlora-dpo evaluate` takes the config's
+    coefficient.
+    """
+    trainer = saved(tmp_path, build("mixtral"), RANKED, router_aux_loss_coef=0.5)
+    expected = trainer.evaluate()["eval_loss"]
+    found = cli_loss(tmp_path, tmp_path / "run", RANKED)
+    assert found["eval_rewards/margins"] == pytest.approx(trainer.evaluate()["eval_rewards/margins"], rel=1e-4)
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluate_takes_given_log_probabilities_again(tmp_path):
+    """An adapter trained with a column `ref_logps` could not be evaluated on that very file, which brings it."""
+    rows = given_logps(RANKED)
+    trainer = saved(tmp_path, build_tiny_llama(build_chat_tokenizer()), rows, reference="auto")
+    expected = trainer.evaluate()["eval_rewards/margins"]
+    found = cli_loss(tmp_path, tmp_path / "run", rows)
+    assert found["eval_rewards/margins"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluating_given_log_probabilities_leaves_the_reference_as_it_is(tmp_path):
+    """evaluate() of a set with `ref_logps` made `given` the trainer's reference for good, in its record too."""
+    trainer = trainer_of(tmp_path, RANKED[:4], reference="auto", max_steps=1)
+    trainer.train()
+    kind = trainer.reference.kind
+    trainer.evaluate(Dataset.from_list(given_logps(RANKED[:2])))
+    trainer.save_model()
+    assert json.loads((tmp_path / "qlora_dpo.json").read_text())["reference"] == kind
+
+
+# ---- one process: options --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": None}, {"beta": None}, {"beta": "much"}, {"loss_weights": [None]}], ids=str
+)
+def test_values_of_the_wrong_kind_name_their_option(tmp_path, options):
+    """Files pass what is written: an empty value was a bare TypeError that named no option."""
+    (name,) = options
+    with pytest.raises(TypeError, match=f"`{name}` must"):
+        QLoRADPOConfig(output_dir=str(tmp_path), **options)
+
+
+def test_numbers_are_read_as_the_command_line_reads_them(tmp_path):
+    """`1e-1` is text in YAML, and one loss has one weight."""
+    args = QLoRADPOConfig(output_dir=str(tmp_path), beta="1e-1", loss_type="sft", loss_weights=0.5, report_to=[])
+    assert (args.beta, args.objective.weights) == (0.1, (0.5,))
+
+
+def test_an_evaluation_keeps_its_last_batch(tmp_path):
+    """`dataloader_drop_last` is meant for training, but Trainer applies it to evaluation too: pairs of the last batch
+    are not counted, and the exact evaluation depends on the batch size.
+    """
+    expected = evaluated(tmp_path, 1, rows=5)
+    assert evaluated(tmp_path, 1, rows=5, dataloader_drop_last=True) == pytest.approx(expected)
+
+
+def test_metrics_computed_batch_by_batch_are_honoured_or_refused(tmp_path):
+    """`batch_eval_metrics=True` is accepted: compute_metrics is then called without `compute_result`, a TypeError after
+    the whole evaluation.
+    """
+
+    def compute(prediction, compute_result):
+        return {"pairs": len(prediction.label_ids)} if compute_result else {}
+
+    try:
+        trainer = trainer_of(tmp_path, test=RANKED, compute_metrics=compute, batch_eval_metrics=True)
+    except (ValueError, NotImplementedError):
+        return
+    assert trainer.evaluate()["eval_pairs"] == 39
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    case, folder, given = json.loads(Path(sys.argv[1]).read_text())
+    result = globals()[case](Path(folder), 2, **given)
+    assert torch.distributed.get_world_size() == 2
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(result))
