@@ -133,3 +133,10 @@ def describe(policy: PeftModel) -> str:
     weights = "4-bit" if getattr(base, "is_loaded_in_4bit", False) else str(base.dtype).removeprefix("torch.")
     stacked = f" on the frozen {', '.join(map(repr, below))}" if below else ""
     return f"{adapters}{stacked} ({count:,} trainable weights) on {base.config._name_or_path or 'a model'} in {weights}"
+
+
+def announce(policy: PeftModel, reference: str, margin: float) -> None:
+    """One line at the start of a training: policy, reference, step-0 margin (nats)."""
+    exactly = " (exactly 0)" if margin == 0 else ""
+    parts = [f"policy: {describe(policy)}", f"reference: {reference}"]
+    print(*parts, f"largest step-0 margin: {margin:.3g} nats{exactly}", sep="; ", file=sys.stderr)

@@ -311,6 +311,11 @@ class QLoRADPOConfig(TrainingArguments):
         return TokenLimits(self.max_length, self.max_prompt_length)
 
     @property
+    def arithmetic(self) -> str:
+        """`bf16`, `fp16` or `no`: the mixed precision of the computation."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+    @property
     def objective(self) -> Objective:
         """What a step minimises, checked."""
         values = {name: getattr(self, name) for name in RANGES if hasattr(self, name)}

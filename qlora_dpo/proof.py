@@ -243,6 +243,34 @@ def require_margin(margin: float, allowed: float) -> None:
     )
 
 
+def check_start(
+    model: nn.Module,
+    compared: Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]],
+    groups: Sequence[Group],
+    layout: str,
+    device: torch.device,
+    expected: bool,
+    rounds: bool,
+    chunk_size: int | None = None,
+) -> float:
+    """The start margin, required to be 0 where the policy should start at what it is compared with.
+
+    Args:
+        model: The policy.
+        compared: Scores what it is compared with.
+        groups: Groups whose pairs to score.
+        layout: The layout to score in.
+        device: The model's device.
+        expected: Whether they should be equal.
+        rounds: Whether what it is compared with was computed in other rows, so that rounding is allowed.
+        chunk_size: Positions in a tile of logits.
+    """
+    margin = start_margin(model, compared, groups, layout, device, chunk_size)
+    if expected:
+        require_margin(margin, prove_layout(model, groups, layout, device).tolerance if rounds else 0.0)
+    return margin
+
+
 def sample_groups(dataset: Any) -> list[Group]:
     """The longest and the shortest of the first groups of a data set, or of the first of several.
 

@@ -82,7 +82,7 @@ def write_record(
         base_revision=adapter.revision,
         quantization=described,
         dtype=str(base.dtype).removeprefix("torch."),
-        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        mixed_precision=args.arithmetic,
         reference="given" if given else reference.kind,
         reference_source=reference.source,
         reference_hash=reference_hash(reference),

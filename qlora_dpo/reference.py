@@ -4,6 +4,7 @@ The reference pass runs before the policy's, so its activations never sit on top
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -348,6 +349,16 @@ def require_no_other(reference: Reference, asked: str) -> None:
         raise ValueError(
             f"`reference` must be 'auto' with a column `ref_logps`, which takes its place, got "
             f"'{reference.description}'. Drop one of them."
+        )
+
+
+def warn_of_itself(reference: Reference) -> None:
+    """Say that a policy which is not trained here is compared with itself."""
+    if isinstance(reference, InitialReference):
+        warnings.warn(
+            "The policy is compared with itself, so every reward is 0. Name the reference it was trained against: "
+            "reference='base', or the path of an adapter or a model.",
+            stacklevel=3,
         )
 
 

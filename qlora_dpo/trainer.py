@@ -1,7 +1,6 @@
 """`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,8 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, de
 
 from qlora_dpo.adapters import require_trainable, trained_adapters
 from qlora_dpo.arguments import (
+    announce,
     check_arguments,
-    describe,
     policy_from,
     reference_from,
     router_coefficient,
@@ -49,9 +48,17 @@ from qlora_dpo.metrics import RunningSums, preference_metrics, summarize
 from qlora_dpo.model import keep_one_arithmetic, load_trained
 from qlora_dpo.objective import check_columns
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
-from qlora_dpo.proof import LayoutProof, prove_layout, prove_model, require_margin, sample_groups, start_margin
+from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
 from qlora_dpo.record import check_same_reference, write_record
-from qlora_dpo.reference import GIVEN, AverageReference, ModelReference, Reference, require_no_other, starts_at
+from qlora_dpo.reference import (
+    GIVEN,
+    AverageReference,
+    ModelReference,
+    Reference,
+    require_no_other,
+    starts_at,
+    warn_of_itself,
+)
 from qlora_dpo.sampling import filled, replaced
 from qlora_dpo.step import Step, load_step_state, save_step_state
 
@@ -225,8 +232,8 @@ class QLoRADPOTrainer(Trainer):
                 layout, _ = prove_model(other, groups, asked, self.args.max_length, device)
         self.data_collator.layout = layout
         if self.args.precompute_ref_log_probs:
-            precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
-            self.step.reference = cached_reference(self.reference, self.args.reference_cache, precision)
+            args = self.args
+            self.step.reference = cached_reference(self.reference, args.reference_cache, args.arithmetic)
         self._proven = True
 
     def _check_start(self) -> None:
@@ -234,18 +241,13 @@ class QLoRADPOTrainer(Trainer):
         if self._start_checked:
             return
         self._start_checked = True
-        args, groups, layout = self.args, self._sample(), self.data_collator.layout
+        args, layout, rounds = self.args, self.data_collator.layout, isinstance(self.reference, CachedReference)
+        expected = self.starts_at_reference and not self.given
         with self.accelerator.autocast():
-            margin = start_margin(self.model, self.step.compared, groups, layout, args.device, args.logps_chunk_size)
-            if self.starts_at_reference and not self.given:
-                rounds = isinstance(self.reference, CachedReference)
-                proof = prove_layout(self.model, groups, layout, args.device) if rounds else None
-                require_margin(margin, 0.0 if proof is None else proof.tolerance)
+            compared, chunk = self.step.compared, args.logps_chunk_size
+            margin = check_start(self.model, compared, self._sample(), layout, args.device, expected, rounds, chunk)
         if args.process_index == 0:
-            exactly = " (exactly 0)" if margin == 0 else ""
-            reference = GIVEN if self.given else self.reference.description
-            parts = [f"policy: {describe(self.model)}", f"reference: {reference}"]
-            print(*parts, f"largest step-0 margin: {margin:.3g} nats{exactly}", sep="; ", file=sys.stderr)
+            announce(self.model, GIVEN if self.given else self.reference.description, margin)
 
     def _sample(self) -> list[Group]:
         """A long and a short group of the data at hand."""
@@ -381,16 +383,9 @@ class QLoRADPOTrainer(Trainer):
         now = time.perf_counter()
         seconds, self._last_log = now - self._last_log, now
         moved = {"reference/rank_error": self._sync.error} if self.args.sync_ref_model else {}
-        return (
-            summarize(sums, pairs)
-            | moved
-            | {
-                "num_tokens": self.state.num_input_tokens_seen,
-                "num_unique_tokens": unique_tokens,
-                "tokens_per_second": unique_tokens / seconds,
-                "pairs_per_second": pairs / seconds,
-            }
-        )
+        speed = {"tokens_per_second": unique_tokens / seconds, "pairs_per_second": pairs / seconds}
+        counts = {"num_tokens": self.state.num_input_tokens_seen, "num_unique_tokens": unique_tokens}
+        return summarize(sums, pairs) | moved | counts | speed
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Nothing: `_get_num_items_in_batch` counts the tokens of all processes."""
@@ -418,6 +413,8 @@ class QLoRADPOTrainer(Trainer):
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("`eval_dataset` must be given to evaluate, got None. Pass it here or to the trainer.")
         self._prove()
+        if self.train_dataset is None:
+            warn_of_itself(self.reference)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

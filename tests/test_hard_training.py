@@ -1,13 +1,16 @@
 """Hard cases of training and evaluation: processes, streams, resuming, records. A docstring says what went wrong.
 
-As a script it is what torchrun starts: `test_hard_training.py CASE.json OUT.json`.
+As a script it is what torchrun starts: `test_hard_training.py FOLDER` serves cases from a folder.
 """
 
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -111,100 +114,141 @@ def resumed(folder, world, save_at, **options):
     return runs
 
 
-def on_two(tmp_path, name, **options):
-    """What rank 0 returns of a case that two processes run."""
-    (tmp_path / "case.json").write_text(json.dumps([name, str(tmp_path), options]))
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-         str(here / "test_hard_training.py"), str(tmp_path / "case.json"), str(tmp_path / "out.json")],
-        capture_output=True, text=True, timeout=180, check=False,
-        env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    errors = [line for line in done.stderr.splitlines() if "Error:" in line or "Error(" in line]
-    assert done.returncode == 0, errors[:3]
-    return json.loads((tmp_path / "out.json").read_text())
+class TwoProcesses:
+    """Two processes started once by torchrun, which run the cases of all tests one after the other."""
+
+    def __init__(self):
+        self.folder, self.count = Path(tempfile.mkdtemp()), 0
+        here = Path(__file__).parent
+        words = ["--nproc_per_node", "2", "--master_port", str(free_port()), str(Path(__file__)), str(self.folder)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def run(self, name, folder, options):
+        """What rank 0 returns of a case."""
+        case, out = self.folder / f"case-{self.count}.json", self.folder / f"out-{self.count}.json"
+        self.count += 1
+        case.with_suffix(".new").write_text(json.dumps([name, str(folder), options]))
+        case.with_suffix(".new").rename(case)
+        until = time.monotonic() + 180
+        while not out.exists() and self.process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        assert out.exists(), f"{name} did not end"
+        return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Runs a case on two processes."""
+    processes = TwoProcesses()
+    yield processes.run
+    processes.process.terminate()
+
+
+def serve(folder):
+    """What each of the two processes does: the cases as they come, until it is stopped."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for number in itertools.count():
+        case = folder / f"case-{number}.json"
+        while not case.exists():
+            time.sleep(0.05)
+        name, where, options = json.loads(case.read_text())
+        try:
+            result = globals()[name](Path(where), 2, **options)
+            assert torch.distributed.get_world_size() == 2
+        except ValueError as error:
+            result = {"error": str(error)}
+        if rank == 0:
+            out = folder / f"out-{number}.json"
+            out.with_suffix(".new").write_text(json.dumps(result))
+            out.with_suffix(".new").rename(out)
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(1, 2), (3, 4), (5, 2)])
-def test_two_processes_evaluate_every_pair_once(tmp_path, rows, batch):
+def test_two_processes_evaluate_every_pair_once(two, tmp_path, rows, batch):
     """`PairRecords.add` counts a pair again when the same process sees it again, and accelerate fills the last batch of
     a rank with groups that this very rank has already scored (5 rows at batch size 2: rank 0 gets [0, 1], [4, 0]). So
     eval_loss, accuracies, margins and compute_metrics depend on the batch size with two ranks.
     """
     one = evaluated(tmp_path, 1, rows=rows, batch=batch)
-    two = on_two(tmp_path, "evaluated", rows=rows, batch=batch)
-    assert two["pairs"] == one["pairs"]
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    both = two("evaluated", tmp_path, {"rows": rows, "batch": batch})
+    assert both["pairs"] == one["pairs"]
+    assert both["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", ["aot", "sft", "plackett_luce"])
-def test_two_processes_evaluate_losses_over_the_whole_set_exactly(tmp_path, loss_type):
+def test_two_processes_evaluate_losses_over_the_whole_set_exactly(two, tmp_path, loss_type):
     """The same cause: repeated pairs enter the sort of aot, the tokens of sft and the groups of plackett_luce."""
     options = {"rows": 5, "batch": 2, "loss_type": loss_type}
     expected = evaluated(tmp_path, 1, **options)["loss"]
-    assert on_two(tmp_path, "evaluated", **options)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert two("evaluated", tmp_path, options)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_two_processes_evaluate_every_row_of_a_stream_in_shards(tmp_path):
+def test_two_processes_evaluate_every_row_of_a_stream_in_shards(two, tmp_path):
     """A stream of as many shards as processes is sharded by accelerate, so `with_indices` counts from 0 in each
     process: rows of different processes have the same number, and `PairRecords.gathered` keeps one of them. Half the
     data set is lost in silence (22 of 39 pairs).
     """
     options = {"shards": 2}
     expected = evaluated(tmp_path, 1, **options)
-    found = on_two(tmp_path, "evaluated", **options)
+    found = two("evaluated", tmp_path, options)
     assert found["pairs"] == expected["pairs"] == 39
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-def test_a_process_with_nothing_but_fillers_cuts_to_the_shorter_side(tmp_path):
+def test_a_process_with_nothing_but_fillers_cuts_to_the_shorter_side(two, tmp_path):
     """`desensitized` concatenates a list of runs that is empty when a batch has no pairs, as fillers have none:
     ValueError "torch.cat(): expected a non-empty list of Tensors" on that rank, the other one is left waiting. Any
     data set with a rank of fillers only in some micro-batch.
     """
     options = {"rows": 1, "batch": 2, "max_steps": 1, "ld_alpha": 0.3}
     expected = stepped(tmp_path, 1, **options)
-    found = on_two(tmp_path, "stepped", **options)
+    found = two("stepped", tmp_path, options)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
-def test_two_processes_resume_in_the_order_of_the_epoch(tmp_path):
+def test_two_processes_resume_in_the_order_of_the_epoch(two, tmp_path):
     """Resumed in the middle of the second epoch, two processes shuffle as in the first: groups are trained on twice and
     others not at all. `DataLoaderShard.set_epoch` reaches the sampler through SkipBatchSampler only if accelerate has
     put it on the BatchSamplerShard too, which it does for its own SeedableRandomSampler and not for `FilledSampler`.
     """
-    whole, again = on_two(tmp_path, "resumed", save_at=6, max_steps=8)  # four steps an epoch
+    whole, again = two("resumed", tmp_path, {"save_at": 6, "max_steps": 8})  # four steps an epoch
     assert [line[1] for line in again[6:]] == [line[1] for line in whole[6:]]
 
 
-def test_two_processes_go_on_counting_tokens_after_resuming(tmp_path):
+def test_two_processes_go_on_counting_tokens_after_resuming(two, tmp_path):
     """`state.num_input_tokens_seen` is each process's own count, but trainer_state.json has rank 0's and every rank
     loads that: `num_tokens` after resuming is wrong by the difference (it may even fall).
     """
-    whole, again = on_two(tmp_path, "resumed", save_at=2, max_steps=4)  # within the first epoch, so the order is right
+    whole, again = two(
+        "resumed", tmp_path, {"save_at": 2, "max_steps": 4}
+    )  # within the first epoch, so the order is right
     assert [line[2] for line in again] == [line[2] for line in whole]
 
 
-def test_two_processes_train_on_a_stream_without_counting_groups_twice(tmp_path):
+def test_two_processes_train_on_a_stream_without_counting_groups_twice(two, tmp_path):
     """A stream's last batch would be filled with its first groups: 5 groups at 2 x 2 were trained on as 8."""
     options = {"rows": 5, "batch": 4, "stream": True, "max_steps": 2, "learning_rate": 0.0}
-    with pytest.raises(AssertionError, match="dataloader_drop_last=True"):
-        on_two(tmp_path, "stepped", **options)
+    assert "dataloader_drop_last=True" in two("stepped", tmp_path, options)["error"]
     expected = stepped(tmp_path, 1, **(options | {"rows": 4, "max_steps": 1}))
-    found = on_two(tmp_path, "stepped", **(options | {"max_steps": 1, "dataloader_drop_last": True}))
+    found = two("stepped", tmp_path, (options | {"max_steps": 1, "dataloader_drop_last": True}))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-def test_two_processes_train_with_reentrant_checkpointing(tmp_path):
+def test_two_processes_train_with_reentrant_checkpointing(two, tmp_path):
     """DDP raises "Expected to mark a variable ready only once": Trainer sets find_unused_parameters for what is no
     PreTrainedModel, thus for every PeftModel, and that cannot go with reentrant checkpointing. With
     ddp_find_unused_parameters=False it works, two stages too.
     """
     options = {"max_steps": 1, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     expected = stepped(tmp_path, 1, **options)
-    assert on_two(tmp_path, "stepped", **options)["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert two("stepped", tmp_path, options)["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
 # ---- one process: columns --------------------------------------------------------------------------------------------
@@ -454,9 +498,4 @@ def test_metrics_computed_batch_by_batch_are_honoured_or_refused(tmp_path):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    case, folder, given = json.loads(Path(sys.argv[1]).read_text())
-    result = globals()[case](Path(folder), 2, **given)
-    assert torch.distributed.get_world_size() == 2
-    if torch.distributed.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(result))
+    serve(Path(sys.argv[1]))

@@ -578,3 +578,11 @@ def test_a_cache_in_front_of_a_reference_does_not_hide_which_it_is(tokenizer, ma
     trainer = trainer_of(tokenizer, args, policy)
     trainer.train()
     assert reference_hash(trainer.reference) == live
+
+
+def test_a_trained_policy_that_is_evaluated_against_itself_is_warned_about(tokenizer, make_args):
+    policy = trained(tokenizer, task_type="CAUSAL_LM")
+    rows = Dataset.from_list(CHAT_ROWS[:4])
+    trainer = QLoRADPOTrainer(policy, args=make_args(), eval_dataset=rows, processing_class=tokenizer)
+    with pytest.warns(UserWarning, match="compared with itself"):
+        assert trainer.evaluate()["eval_rewards/margins"] == 0
