@@ -1,9 +1,19 @@
 """QLoRA-DPO: Direct Preference Optimization of LoRA adapters on a 4-bit base, every token computed once."""
 
 from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.judge import evaluate_preferences
 from qlora_dpo.losses import LOSSES, dpo_loss
+from qlora_dpo.measures import PreferenceReport
 from qlora_dpo.model import load_policy
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["LOSSES", "QLoRADPOConfig", "QLoRADPOTrainer", "dpo_loss", "load_policy"]
+__all__ = [
+    "LOSSES",
+    "PreferenceReport",
+    "QLoRADPOConfig",
+    "QLoRADPOTrainer",
+    "dpo_loss",
+    "evaluate_preferences",
+    "load_policy",
+]

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
+from qlora_dpo.judge import judged
 from qlora_dpo.model import UNKNOWN, adapter_folder, default_quantization, load_policy, load_tokenizer
 from qlora_dpo.record import read_record, recorded_reference, require_known, saved_adapter, warn_of_reference
 from qlora_dpo.trainer import QLoRADPOTrainer
@@ -88,6 +89,7 @@ class EvaluationArguments:
     dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .parquet or .csv file or a folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_test_split: str = field(default="train", metadata={"help": "Split to evaluate on."})
+    json: bool = field(default=False, metadata={"help": "Print the report as JSON instead of a table."})
 
 
 def _as_words(parser: HfArgumentParser, options: dict[str, Any]) -> list[str]:
@@ -215,7 +217,7 @@ def _write_metrics(folder: str, metrics: dict[str, Any]) -> None:
     path = Path(folder, METRICS_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"metrics written to {path}")
+    print(f"metrics written to {path}", file=sys.stderr)
 
 
 def _summary(title: str, metrics: dict[str, float]) -> str:
@@ -246,12 +248,15 @@ def train(words: Sequence[str]) -> None:
     metrics: dict[str, Any] = {}
     if test_rows is not None:
         metrics["before"] = trainer.evaluate()
+        judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "before")))
     resume = args.resume_from_checkpoint
     metrics["train"] = trainer.train(resume_from_checkpoint=resume in ("true", "True", True) or resume).metrics
     if test_rows is not None:
         metrics["after"] = trainer.evaluate()
+        report = judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "after")))
         for title in ("before", "after"):
             print(_summary(title, metrics[title]))
+        print(report)
     trainer.save_model()
     trainer.save_state()
     _write_metrics(args.output_dir, metrics)
@@ -296,7 +301,8 @@ def evaluate(words: Sequence[str]) -> None:
     trainer.step.bco_delta.total, trainer.step.bco_delta.count = record.bco_delta, 1
     warn_of_reference(record, trainer.reference)
     metrics = trainer.evaluate()
-    print(_summary(chosen.adapter, metrics))
+    report = judged(trainer, chosen.dataset_name, args.output_dir)
+    print(json.dumps(report.to_dict(), indent=2) if chosen.json else report)
     _write_metrics(args.output_dir, metrics)
 
 

@@ -204,6 +204,13 @@ class QLoRADPOConfig(TrainingArguments):
     padding_free: bool = field(
         default=False, metadata=_help("Never pad, as `tree` and `packed` do; refuses `batch_layout='padded'`.")
     )
+    eval_kl: bool = field(
+        default=True,
+        metadata=_help(
+            "Log the exact divergence from the reference in evaluations (`kl/*`, nats per token), at the price of two "
+            "more passes through the LM head."
+        ),
+    )
     disable_dropout: bool = field(
         default=True, metadata=_help("Set every dropout probability of the model to zero, the adapter's too.")
     )

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.preferences import FORMS, PAIR_VALUES, USED_COLUMNS, Preference, decoded, parse_row, without_nulls
 
-DATA_VERSION = 2
+DATA_VERSION = 3
 """Part of the cache key of tokenised data: raise it when the same row gives other tokens."""
 
 GROUP_COLUMNS = ["prompt_ids", "completion_ids", "pairs", "row"]
@@ -34,6 +34,9 @@ _FEATURES = Features(
     }
 )
 _VALUES = {name: List(Value("float64")) for name in (*PAIR_VALUES, "ref_logps")}
+_ABOUT = {"subset": Value("string"), "turns": Value("int64")}
+ABOUT_COLUMNS = list(_ABOUT)
+"""What is said of a group in reports: the row's `subset`, and the turns of a conversation."""
 VALUE_COLUMNS = list(_VALUES)
 """Columns of a tokenised data set that are there if its rows have them."""
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -182,8 +185,9 @@ def tokenize_row(
         `prompt_ids`, `completion_ids`, `pairs`, `row`; `dropped`: the reason, or "" if the group is kept; for the
         report `truncated`, `boundary_moved`; and `values`: a number for each pair, `ref_logps` for each completion.
     """
+    about = {"subset": str(row["subset"])} if "subset" in row else {}
     try:
-        return {"row": index} | _tokenized(row, tokenizer, limits, pair_strategy, values)
+        return {"row": index, **about} | _tokenized(row, tokenizer, limits, pair_strategy, values)
     except (ValueError, TypeError, TemplateError) as error:
         raise ValueError(f"Row {index} of the data set: {error}") from error
 
@@ -196,8 +200,8 @@ def _tokenized(
     values: Sequence[str],
 ) -> dict[str, Any]:
     """What `tokenize_row` returns, but for the row's number."""
-    group: dict[str, Any] = {"boundary_moved": False}
     preference = parse_row(row, pair_strategy)
+    group: dict[str, Any] = {"boundary_moved": False, "turns": _turns(preference)}
     if preference.prompt == []:
         return group | _dropped(NO_COMMON_START, values)
     prompt_ids, *wholes = (_render if preference.conversational else _encode)(tokenizer, preference, row)
@@ -207,6 +211,13 @@ def _tokenized(
         return group | _dropped(NO_COMMON_START, values)
     group["boundary_moved"] = not implied and boundary < len(prompt_ids)
     return group | _cut(wholes, boundary, preference, limits, values)
+
+
+def _turns(preference: Preference) -> int:
+    """Messages of the user in a conversation; 1 for text."""
+    if not isinstance(preference.prompt, list):
+        return 1
+    return max(1, sum(message.get("role") == "user" for message in preference.prompt))
 
 
 def _dropped(reason: str, values: Sequence[str] = ()) -> dict[str, Any]:
@@ -396,7 +407,8 @@ def prepare_dataset(
         "data_version": DATA_VERSION,
         "values": values,
     }
-    features = Features({**_FEATURES, **{name: _VALUES[name] for name in values}})
+    about = [name for name in ABOUT_COLUMNS if name != "subset" or name in columns]
+    features = Features({**_FEATURES, **{name: (_VALUES | _ABOUT)[name] for name in (*values, *about)}})
     if isinstance(dataset, IterableDataset):
         stream = dataset.map(
             tokenize_row, with_indices=True, fn_kwargs=options, remove_columns=columns, features=features
@@ -419,7 +431,7 @@ def prepare_dataset(
     if not keep:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in Counter(mapped["dropped"]).items())
         raise ValueError(f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}).")
-    kept = mapped.select(keep).select_columns([*GROUP_COLUMNS, *values])
+    kept = mapped.select(keep).select_columns([*GROUP_COLUMNS, *values, *about])
     return kept, _report(name, mapped, kept, columns, tokenizer, batch_size)
 
 

@@ -57,6 +57,10 @@ class GatheredPairs:
         """`(T, len(SIDES))`, if they were kept."""
         return self._table[:, len(COLUMNS) :]
 
+    def pair_ids(self) -> np.ndarray:
+        """`(T,)` number of each pair within its row."""
+        return np.array([number for _, number, _ in self._keys])
+
     def rows(self) -> np.ndarray:
         """`(T,)` data-set row of each pair."""
         return np.array([row for row, *_ in self._keys])

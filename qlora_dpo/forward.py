@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_dpo.attention import BACKEND, attention_backend, recompute_with_same_attention
-from qlora_dpo.logps import LogitRule, sum_by_completion, token_scores
+from qlora_dpo.logps import LogitRule, sum_by_completion, token_divergences, token_scores
 
 ROUTER_LOSS = "router_aux_loss"
 """A statistic of the whole forward: the load-balancing loss of a mixture of experts, with gradient."""
+
+ROWS, KL = "rows", "kl"
+"""Hidden states at the scored positions, asked for as a statistic; and the divergence from those of another pass."""
 
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids")
 
@@ -30,7 +33,8 @@ _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids")
 def install_scoring(model: PreTrainedModel) -> None:
     """Let a causal LM's forward take `score=`, and then return log-probabilities instead of logits. Idempotent.
 
-    With `score`, a dict of `predictors`, `targets`, `chunk_size` and `statistics`, and with `segments` for rows that
+    With `score`, a dict of `predictors`, `targets`, `chunk_size`, `statistics` and perhaps `against` (hidden states of
+    another pass, through the same head, to diverge from), and with `segments` for rows that
     hold many sequences, the forward returns a dict of `(N,)` tensors: `token_logps` and the statistics asked for.
     """
     if hasattr(model.forward, "scores"):
@@ -49,9 +53,14 @@ def install_scoring(model: PreTrainedModel) -> None:
             router = {"output_router_logits": True} if ROUTER_LOSS in score["statistics"] else {}
             outputs = self.base_model(*args, use_cache=False, **named, **router)
         rows = outputs.last_hidden_state.flatten(0, 1)[score["predictors"]]
-        statistics = [name for name in score["statistics"] if name != ROUTER_LOSS]
+        statistics = [name for name in score["statistics"] if name not in (ROUTER_LOSS, ROWS)]
         head = self.get_output_embeddings()
         found = token_scores(rows, head, score["targets"], rule, score["chunk_size"], statistics)
+        if ROWS in score["statistics"]:
+            found[ROWS] = rows.detach()
+        if score.get("against") is not None:
+            both = (rows.detach(), score["against"].to(rows.dtype))
+            found[KL] = token_divergences(both, (head, head), (rule, rule), score["chunk_size"], head.out_features)
         return found | {ROUTER_LOSS: _router_loss(self, outputs, kwargs)} if router else found
 
     forward.scores = True  # type: ignore[attr-defined]
@@ -73,8 +82,17 @@ def _router_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Tensor:
     return balance(outputs.router_logits, *sizes, kwargs.get("attention_mask")).reshape(1)
 
 
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the LM head is one matrix that no adapter touches, and so the same in every pass."""
+    return isinstance(model.get_output_embeddings(), nn.Linear)
+
+
 def score_batch(
-    model: nn.Module, batch: dict[str, Any], statistics: Sequence[str] = (), chunk_size: int | None = None
+    model: nn.Module,
+    batch: dict[str, Any],
+    statistics: Sequence[str] = (),
+    chunk_size: int | None = None,
+    against: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Log-probabilities of the completions of a batch, whatever its layout and however many parts it has.
 
@@ -83,18 +101,23 @@ def score_batch(
         batch: What `layouts.make_batch` returns, on the model's device.
         statistics: Which statistics to return too, by name as in `logps.tile_statistics`.
         chunk_size: Positions in a tile of logits; None for 64 MiB of them.
+        against: `(N, H)` `ROWS` of a pass through the same head, for the exact divergence from it.
 
     Returns:
         `logps` `(B,)` summed over each completion, in nats; `token_logps` `(N,)`; and `(N,)` per statistic, without
-        gradient. `ROUTER_LOSS` is one number for each part.
+        gradient. `ROUTER_LOSS` is one number for each part, `ROWS` are `(N, H)`; with `against`, `KL` `(N,)` in nats.
     """
-    parts = [_score_part(model, part, statistics, chunk_size) for part in batch.get("parts", [batch])]
+    parts, first = [], 0
+    for part in batch.get("parts", [batch]):
+        other = None if against is None else against[first : first + len(part["targets"])]
+        parts.append(_score_part(model, part, statistics, chunk_size, other))
+        first += len(part["targets"])
     tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {"logps": sum_by_completion(tokens["token_logps"], batch["lengths"]), **tokens}
 
 
 def _score_part(
-    model: nn.Module, part: dict[str, Any], statistics: Sequence[str], chunk_size: int | None
+    model: nn.Module, part: dict[str, Any], statistics: Sequence[str], chunk_size: int | None, against: Tensor | None
 ) -> dict[str, Tensor]:
     """`(N,)` token scores of one forward."""
     kwargs = {key: part[key] for key in _FORWARD_KEYS}
@@ -103,7 +126,7 @@ def _score_part(
     else:
         kwargs["segments"] = part["segments"]
     request = {"predictors": part["predictors"], "targets": part["targets"], "chunk_size": chunk_size}
-    return model(**kwargs, score={**request, "statistics": tuple(statistics)})
+    return model(**kwargs, score={**request, "statistics": tuple(statistics), "against": against})
 
 
 @contextlib.contextmanager

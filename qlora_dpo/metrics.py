@@ -5,6 +5,7 @@ is exact for every batch size, layout, number of processes and last batch. Train
 fetches them once, when it logs; evaluation keeps the rows of the table.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ COLUMNS = (
     "tokens_rejected",
     "entropy",
     "top1_chosen",
+    "kl_chosen",
+    "kl_rejected",
 )
 """Columns of the pair table: per pair, or summed over the scored tokens of one or both of its completions."""
 
@@ -71,7 +74,7 @@ def pair_table(
         scores: Log-probabilities and pairs of the batch.
         losses: `(T,)`.
         items: `(T,)` how much of an item of the mean loss each pair is.
-        statistics: `(B,)` sums over tokens of `entropy`, `mean_logits` and `is_top1`.
+        statistics: `(B,)` sums over tokens of `entropy`, `mean_logits`, `is_top1` and perhaps `kl`.
         beta: Factor of the rewards.
         aux_loss: The forward's load-balancing loss, if the model has routers.
 
@@ -82,6 +85,7 @@ def pair_table(
     rewards, lengths = scores.rewards(beta), scores.lengths
     accuracy, ties = accuracy_and_ties(rewards[w] - rewards[l])
     logps, logits, entropy = scores.pi_logps.detach(), statistics["mean_logits"], statistics["entropy"]
+    kl = statistics.get("kl", torch.full_like(logps, torch.nan))
     columns = {
         "loss": losses.detach(),
         "items": items,
@@ -98,6 +102,8 @@ def pair_table(
         "tokens_rejected": lengths[l],
         "entropy": entropy[w] + entropy[l],
         "top1_chosen": statistics["is_top1"][w],
+        "kl_chosen": kl[w],
+        "kl_rejected": kl[l],
     }
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64
     return torch.stack([columns[name].to(wide) for name in COLUMNS], dim=1)
@@ -107,13 +113,17 @@ def summarize(sums: Mapping[str, float], pairs: int) -> dict[str, float]:
     """Log keys from column sums over `pairs` pairs. Token keys pool the tokens TRL pools.
 
     `entropy` (nats) is over the tokens of both sides, `mean_token_accuracy` over those of the chosen one, `logits/*`
-    over those of their side. Rewards are beta (log pi - log pi_ref), unnormalised, whatever the loss.
+    over those of their side. `kl/*` (nats per token, in evaluation) is the exact divergence from the reference. Rewards
+    are beta (log pi - log pi_ref), unnormalised, whatever the loss.
     """
     shown = {"loss": sums["loss"] / sums["items"]} | {key: sums[column] / pairs for key, column in PAIR_MEANS.items()}
     shown["rewards/margins"] = shown["rewards/chosen"] - shown["rewards/rejected"]
     shown["logits/chosen"] = sums["logits_chosen"] / sums["tokens_chosen"]
     shown["logits/rejected"] = sums["logits_rejected"] / sums["tokens_rejected"]
     shown["entropy"] = sums["entropy"] / (sums["tokens_chosen"] + sums["tokens_rejected"])
+    for side in ("chosen", "rejected"):
+        if not math.isnan(sums[f"kl_{side}"]):
+            shown[f"kl/{side}"] = sums[f"kl_{side}"] / sums[f"tokens_{side}"]
     if sums["aux_loss"]:
         shown["aux_loss"] = sums["aux_loss"] / pairs
     shown["mean_token_accuracy"] = sums["top1_chosen"] / sums["tokens_chosen"]

@@ -31,6 +31,7 @@ USED_COLUMNS = {
     "ref_logps",
     "ref_chosen_logps",
     "ref_rejected_logps",
+    "subset",
 }
 """Columns that are read; the start-up report names the others."""
 

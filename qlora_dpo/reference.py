@@ -5,7 +5,7 @@ The reference pass runs before the policy's, so its activations never sit on top
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -57,7 +57,7 @@ class Reference(Protocol):
         """The tensors that decide its scores, by name."""
 
 
-class _LiveReference:
+class LiveReference:
     """A reference that is scored by the policy's own modules with other weights in force."""
 
     kind = "base"
@@ -71,17 +71,17 @@ class _LiveReference:
         """The policy's modules as the reference."""
         raise NotImplementedError
 
-    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Log-probabilities in nats, without gradient."""
+    def __call__(self, model: nn.Module, batch: dict[str, Any], statistics: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Log-probabilities in nats, and the statistics asked for, without gradient."""
         with torch.no_grad(), self.in_force(), noise_off(self.policy):
-            return score_batch(model, batch, chunk_size=self.chunk_size)
+            return score_batch(model, batch, statistics, self.chunk_size)
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors that decide its scores, by name."""
         return _base_identity(self.policy)
 
 
-class BaseReference(_LiveReference):
+class BaseReference(LiveReference):
     """The base model: the policy with its adapters disabled."""
 
     kind = "base"
@@ -92,7 +92,7 @@ class BaseReference(_LiveReference):
         return adapters_disabled(self.policy)
 
 
-class AdapterReference(_LiveReference):
+class AdapterReference(LiveReference):
     """The base with frozen adapters: those the policy is stacked on, or one that was loaded to compare with."""
 
     kind = "adapter"
@@ -113,7 +113,7 @@ class AdapterReference(_LiveReference):
         return {**_base_identity(self.policy), **_adapter_identity(self.policy, self.names)}
 
 
-class InitialReference(_LiveReference):
+class InitialReference(LiveReference):
     """The policy's own start: a copy of every weight that is trained, put in place for the pass.
 
     Right by construction for whatever is trained: a continued adapter, biases, whole modules, DoRA, and initialisations
@@ -144,7 +144,7 @@ class InitialReference(_LiveReference):
         return {name: copies.get(id(tensor), tensor) for name, tensor in named.items()}
 
 
-class AverageReference(_LiveReference):
+class AverageReference(LiveReference):
     """TR-DPO: the reference's weight change follows the policy's by exponential average.
 
     Until the first `update` it is what it starts from, to the last bit.

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlora_dpo.forward import ROUTER_LOSS, score_batch
+from qlora_dpo.forward import KL, ROUTER_LOSS, ROWS, has_plain_head, score_batch
 from qlora_dpo.logps import STATISTICS, sum_by_completion
 from qlora_dpo.metrics import pair_table
 from qlora_dpo.objective import Objective, RunningMean
-from qlora_dpo.reference import AverageReference, Reference
+from qlora_dpo.reference import AverageReference, LiveReference, Reference
 from qlora_dpo.scores import Scores, scores_of_sides, sides_table
 
 
@@ -56,15 +56,25 @@ class Step:
             return self.reference(model, batch)
         return {"logps": torch.tensor(batch["ref_logps"], dtype=torch.float32, device=batch["yw_idxs"].device)}
 
-    def scores(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Scores, dict[str, Tensor]]:
-        """Log-probabilities of a batch under reference and policy, and the policy's token values."""
-        reference = self.compared(model, batch)
-        tokens = score_batch(model, batch, self._statistics, self.chunk_size)
+    def scores(
+        self, model: nn.Module, batch: dict[str, Any], divergence: bool = False
+    ) -> tuple[Scores, dict[str, Tensor]]:
+        """Log-probabilities of a batch under reference and policy, and the policy's token values.
+
+        With `divergence` those hold the exact `KL` of each token's distribution from the reference's, where both passes
+        go through one plain head; that costs two more passes through it.
+        """
+        live = self.reference
+        if divergence and isinstance(live, LiveReference) and has_plain_head(live.policy.get_base_model()):
+            reference = live(model, batch, (ROWS,))
+        else:
+            reference = self.compared(model, batch)
+        tokens = score_batch(model, batch, self._statistics, self.chunk_size, reference.get(ROWS))
         return _scores_of(batch, reference, tokens), tokens
 
-    def losses(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def losses(self, model: nn.Module, batch: dict[str, Any], divergence: bool = False) -> tuple[Tensor, Tensor]:
         """`(T,)` losses of a batch's pairs, and its pair table."""
-        scores, tokens = self.scores(model, batch)
+        scores, tokens = self.scores(model, batch, divergence)
         losses = self._with_router(self.objective(scores, self.bco_delta.mean), scores, tokens)
         return losses, self._table(batch, scores, losses, tokens)
 
@@ -75,7 +85,7 @@ class Step:
         return losses + self.router_aux_loss_coef * tokens[ROUTER_LOSS].mean() * self.objective.items(scores)
 
     def _table(self, batch: dict[str, Any], scores: Scores, losses: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-        sums = {name: sum_by_completion(tokens[name], batch["lengths"]) for name in STATISTICS}
+        sums = {n: sum_by_completion(tokens[n], batch["lengths"]) for n in (*STATISTICS, KL) if n in tokens}
         router = tokens[ROUTER_LOSS].mean() if self.router_aux_loss_coef else None
         table = pair_table(scores, losses, self.objective.items(scores), sums, self.beta, router)
         if not self.objective.coupled:

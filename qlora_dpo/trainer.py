@@ -41,7 +41,7 @@ from qlora_dpo.data import (
     show,
     value_columns,
 )
-from qlora_dpo.evaluation import PairRecords
+from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.layouts import Group, GroupCollator
 from qlora_dpo.metrics import RunningSums, preference_metrics, summarize
@@ -139,6 +139,7 @@ class QLoRADPOTrainer(Trainer):
         self._proven = False
         self._sums = RunningSums()
         self._records: PairRecords | None = None
+        self.last_pairs: GatheredPairs | None = None
         self._last_log = time.perf_counter()
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
@@ -422,7 +423,7 @@ class QLoRADPOTrainer(Trainer):
         start = time.perf_counter()
         self._records = PairRecords()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        records = self._records.gathered()
+        self.last_pairs = records = self._records.gathered()
         self._records = None
         metrics = records.metrics() | {"num_tokens": self.state.num_input_tokens_seen}
         if self.step.objective.coupled:
@@ -462,7 +463,7 @@ class QLoRADPOTrainer(Trainer):
         means = []
         for batch in self._prepare_inputs(inputs)["pieces"]:
             with torch.no_grad(), self.compute_loss_context_manager():
-                losses, table = self.step.losses(model, batch)
+                losses, table = self.step.losses(model, batch, self.args.eval_kl)
             if self._records is not None:
                 self._records.add(table, batch)
             means.append(losses.sum() / max(len(losses), 1))

@@ -17,7 +17,7 @@ LAYERS = [
     {"reference"},
     {"record", "arguments", "proof", "precomputed", "step", "callbacks"},
     {"evaluation", "trainer"},
-    {"demo"},
+    {"demo", "judge"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -1,0 +1,122 @@
+"""How good a policy is on preference data: every pair once, and a report of it.
+
+The numbers come from the trainer's own evaluation, so that a report and a training log never disagree.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.evaluation import GatheredPairs
+from qlora_dpo.measures import Pairs, PreferenceReport, preference_report
+from qlora_dpo.trainer import QLoRADPOTrainer
+
+REPORT_NAME, PAIRS_NAME = "report.json", "pairs.jsonl"
+
+
+def evaluate_preferences(
+    policy: PeftModel,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: QLoRADPOConfig | None = None,
+    *,
+    name: str = "preferences",
+    output_dir: str | None = None,
+) -> PreferenceReport:
+    """Judge a policy on a preference data set.
+
+    Args:
+        policy: Base with adapters, as `load_policy` returns it.
+        dataset: Rows in any form that training accepts; columns `subset` and `label_probs` are used in the report.
+        tokenizer: The tokenizer of the model.
+        args: `reference`, `beta`, lengths and batch size; None for the defaults, with the base as reference.
+        name: What to call the set in the report.
+        output_dir: Where to write `report.json` and, a line for each pair, `pairs.jsonl`; None for nowhere.
+
+    Returns:
+        The report: accuracy with its interval, margins, calibration, and the same by length, subset and turns.
+    """
+    args = args or QLoRADPOConfig(output_dir=output_dir or "evaluation", reference="base", report_to=[])
+    trainer = QLoRADPOTrainer(model=policy, args=args, eval_dataset=dataset, processing_class=tokenizer)
+    trainer.evaluate()
+    return judged(trainer, name, output_dir)
+
+
+def judged(trainer: QLoRADPOTrainer, name: str, output_dir: str | None = None) -> PreferenceReport:
+    """The report of a trainer's last evaluation, of one data set.
+
+    Raises:
+        RuntimeError: If there was none.
+    """
+    if trainer.last_pairs is None:
+        raise RuntimeError("An evaluation must come before its report, got none. Call trainer.evaluate() first.")
+    groups = {row["row"]: row for row in trainer.eval_dataset}
+    report = preference_report(pairs_of(trainer.last_pairs, groups, trainer.args.beta), name)
+    if output_dir is not None and trainer.args.process_index == 0:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        Path(output_dir, REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        lines = pair_lines(trainer.last_pairs, groups, trainer.processing_class)
+        with Path(output_dir, PAIRS_NAME).open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    return report
+
+
+def pairs_of(records: GatheredPairs, groups: dict[int, dict[str, Any]], beta: float) -> Pairs:
+    """The pairs of an evaluation, with what the data set says of them.
+
+    Args:
+        records: Every pair once.
+        groups: Tokenised groups by data-set row.
+        beta: Factor of the rewards.
+    """
+    rows, numbers = records.rows().tolist(), records.pair_ids().tolist()
+    kl = [records.column(f"kl_{side}") for side in ("chosen", "rejected")]
+    known = not np.isnan(kl[0]).any()
+    labels = None
+    if "label_probs" in groups[rows[0]]:
+        labels = np.array([groups[row]["label_probs"][number] for row, number in zip(rows, numbers, strict=True)])
+    columns = {
+        f"{name}_{side}": records.column(f"{name}_{side}")
+        for name in ("reward", "logps", "tokens")
+        for side in ("chosen", "rejected")
+    }
+    return Pairs(
+        row=np.array(rows),
+        **columns,
+        beta=beta,
+        kl_chosen=kl[0] if known else None,
+        kl_rejected=kl[1] if known else None,
+        label_probs=labels,
+        subset=np.array([groups[row]["subset"] for row in rows]) if "subset" in groups[rows[0]] else None,
+        turns=np.array([groups[row]["turns"] for row in rows]) if "turns" in groups[rows[0]] else None,
+    )
+
+
+def pair_lines(
+    records: GatheredPairs, groups: dict[int, dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
+    """Each pair as a line: its row and number, rewards, log-probabilities, lengths, and the text the model saw."""
+    names = [f"{n}_{side}" for n in ("reward", "logps", "tokens", "kl") for side in ("chosen", "rejected")]
+    columns = {name: records.column(name).tolist() for name in names}
+    for i, (row, number) in enumerate(zip(records.rows().tolist(), records.pair_ids().tolist(), strict=True)):
+        group = groups[row]
+        w, l = group["pairs"][number]
+        values = {name: None if math.isnan(value[i]) else value[i] for name, value in columns.items()}
+        texts = {"prompt": group["prompt_ids"], "chosen": group["completion_ids"][w]}
+        texts["rejected"] = group["completion_ids"][l]
+        yield {
+            "row": row,
+            "pair": number,
+            "subset": group.get("subset"),
+            "margin": columns["reward_chosen"][i] - columns["reward_rejected"][i],
+            **values,
+            **{name: tokenizer.decode(ids) for name, ids in texts.items()},
+        }

@@ -1,0 +1,116 @@
+"""Reports of a policy on preference data: the trainer's own numbers, the divergence exact, the files readable again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from qlora_dpo import PreferenceReport, QLoRADPOTrainer, evaluate_preferences
+from qlora_dpo.forward import install_scoring
+from qlora_dpo.judge import judged
+
+from reference_impl import completion_logits, completion_logps
+from tiny_chat import CHAT_ROWS, build_tiny_llama, ranked_row
+
+RANKED = [ranked_row(seed, count) | {"subset": "ab"[seed % 2]} for seed, count in enumerate([3, 5, 2, 4, 3])]
+
+
+def policy_of(tokenizer, **lora):
+    torch.manual_seed(1)
+    options = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"} | lora
+    return get_peft_model(build_tiny_llama(tokenizer), LoraConfig(r=4, **options))
+
+
+def evaluated(tokenizer, args, rows, policy=None):
+    trainer = QLoRADPOTrainer(
+        policy or policy_of(tokenizer), args=args, eval_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    return trainer, trainer.evaluate()
+
+
+def naive_divergence(policy, prompt_ids, completion_ids):
+    """Sum over tokens of KL(policy || base), from whole logits in fp64."""
+    with torch.no_grad():
+        log_p = completion_logits(policy, prompt_ids, completion_ids).double().log_softmax(-1)
+        with policy.disable_adapter():
+            log_q = completion_logits(policy, prompt_ids, completion_ids).double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum().item()
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_layout": "padded", "max_tokens_per_forward": 12}], ids=["tree", "cut"])
+def test_the_divergence_is_that_of_whole_logits(tokenizer, make_args, options):
+    policy = policy_of(tokenizer)
+    trainer, metrics = evaluated(tokenizer, make_args(reference="base", **options), RANKED, policy)
+    groups = {row["row"]: row for row in trainer.eval_dataset}
+    expected = {"chosen": [], "rejected": []}
+    for row, number in zip(trainer.last_pairs.rows(), trainer.last_pairs.pair_ids(), strict=True):
+        group = groups[row]
+        for side, i in zip(expected, group["pairs"][number], strict=True):
+            expected[side].append(naive_divergence(policy, group["prompt_ids"], group["completion_ids"][i]))
+    for side, values in expected.items():
+        assert trainer.last_pairs.column(f"kl_{side}") == pytest.approx(values, rel=1e-3)
+        tokens = trainer.last_pairs.column(f"tokens_{side}").sum()
+        assert metrics[f"eval_kl/{side}"] == pytest.approx(sum(values) / tokens, rel=1e-3)
+    assert min(expected["chosen"]) > 0.01
+
+
+def test_a_policy_at_its_reference_diverges_by_nothing(tokenizer, make_args):
+    policy = policy_of(tokenizer, init_lora_weights=True)
+    _, metrics = evaluated(tokenizer, make_args(), CHAT_ROWS, policy)
+    assert metrics["eval_kl/chosen"] == metrics["eval_kl/rejected"] == 0
+
+
+@pytest.mark.parametrize("case", ["an adapted head", "no reference", "switched off"])
+def test_a_divergence_that_is_not_to_be_had_is_left_out(tokenizer, make_args, case):
+    targets = ["q_proj", "lm_head"] if case == "an adapted head" else ["q_proj"]
+    options = {"reference": "none"} if case == "no reference" else {"reference": "base"}
+    args = make_args(eval_kl=case != "switched off", **options)
+    trainer, metrics = evaluated(tokenizer, args, CHAT_ROWS, policy_of(tokenizer, target_modules=targets))
+    assert "eval_kl/chosen" not in metrics
+    assert judged(trainer, "rows").kl_per_token is None
+
+
+def test_a_report_holds_the_trainers_own_numbers(tokenizer, make_args, tmp_path):
+    trainer, metrics = evaluated(tokenizer, make_args(reference="base"), RANKED)
+    report = judged(trainer, "ranked", str(tmp_path))
+    assert report.accuracy.value == pytest.approx(metrics["eval_rewards/accuracies"])
+    assert report.margin.mean == pytest.approx(metrics["eval_rewards/margins"])
+    assert report.rewards.chosen == pytest.approx(metrics["eval_rewards/chosen"])
+    assert report.kl_per_token.rejected == pytest.approx(metrics["eval_kl/rejected"])
+    assert (report.groups, report.pairs) == (5, len(trainer.last_pairs.rows()))
+    assert [part.name for part in report.by_subset] == ["a", "b"]
+    assert PreferenceReport.from_dict(json.loads((tmp_path / "report.json").read_text())) == report
+    lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert np.mean([line["margin"] for line in lines]) == pytest.approx(report.margin.mean)
+    assert lines[0]["prompt"] == tokenizer.decode(trainer.eval_dataset[0]["prompt_ids"])
+
+
+def test_the_references_own_accuracy_is_beside_the_policys(tokenizer, make_args):
+    policy = policy_of(tokenizer)
+    trainer, _ = evaluated(tokenizer, make_args(reference="base"), CHAT_ROWS, policy)
+    install_scoring(policy.get_base_model())
+    wins = []
+    with policy.disable_adapter(), torch.no_grad():
+        for row in trainer.eval_dataset:
+            w, l = completion_logps(policy, row["prompt_ids"], row["completion_ids"])
+            wins.append((w > l).item())
+    assert judged(trainer, "rows").reference_accuracy.value == pytest.approx(np.mean(wins))
+
+
+def test_evaluate_preferences_needs_a_policy_and_rows_only(tokenizer, tmp_path):
+    policy = policy_of(tokenizer)
+    rows = Dataset.from_list([row | {"label_probs": 0.9} for row in CHAT_ROWS])
+    report = evaluate_preferences(policy, rows, tokenizer, name="chats", output_dir=str(tmp_path))
+    assert (report.name, report.pairs) == ("chats", 12)
+    assert "chats" in str(report)
+    assert (tmp_path / "pairs.jsonl").is_file()
+
+
+def test_a_report_without_an_evaluation_is_refused(tokenizer, make_args):
+    rows = Dataset.from_list(CHAT_ROWS)
+    trainer = QLoRADPOTrainer(policy_of(tokenizer), args=make_args(), eval_dataset=rows, processing_class=tokenizer)
+    with pytest.raises(RuntimeError, match="An evaluation must come before its report"):
+        judged(trainer, "rows")
