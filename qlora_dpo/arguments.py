@@ -1,6 +1,8 @@
 """What the trainer's constructor is given, made into a policy and a tokenizer, or refused."""
 
+import difflib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.layouts import GroupCollator
+from qlora_dpo.metrics import HIGHER_IS_BETTER, best_metric_key
 from qlora_dpo.model import (
     adapter_folder,
     attach_adapter,
@@ -36,6 +39,27 @@ def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset
         raise TypeError(f"`data_collator` must be a GroupCollator, got {type(data_collator).__name__}. Leave it out.")
     if train_dataset is None and eval_dataset is None:
         raise ValueError("`train_dataset` or `eval_dataset` must be given, got neither. Pass one.")
+
+
+def check_best_metric(args: QLoRADPOConfig, eval_dataset: Any, own_metrics: bool) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation will give, hours before it is looked for.
+
+    Args:
+        args: The configuration.
+        eval_dataset: A data set, several by name, or None.
+        own_metrics: Whether the user's `compute_metrics` gives keys that are not known here.
+
+    Raises:
+        ValueError: If it is none of the known keys.
+    """
+    sets = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
+    metric = args.metric_for_best_model
+    if metric is None or own_metrics or eval_dataset is None or best_metric_key(metric, sets) is not None:
+        return
+    example = f"eval_{sets[0]}_rewards/accuracies" if sets else "eval_rewards/accuracies"
+    close = difflib.get_close_matches(metric.removeprefix("eval_"), HIGHER_IS_BETTER, n=1)
+    hint = f"Did you mean {close[0]}?" if close and not sets else f"Use one such as {example}."
+    raise ValueError(f"`metric_for_best_model` must be a key of the evaluation, got {metric}. {hint}")
 
 
 def router_coefficient(policy: PeftModel, args: QLoRADPOConfig) -> float:

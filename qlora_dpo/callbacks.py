@@ -1,10 +1,17 @@
-"""Callbacks of the trainer."""
+"""Callbacks of the trainer: a reference that follows the policy, and warnings about what a log shows."""
 
+import itertools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
 from qlora_dpo.reference import AverageReference
+
+PATIENCE = 3
+"""Log lines that must show the same before it is said."""
 
 
 class SyncReference(TrainerCallback):
@@ -22,3 +29,65 @@ class SyncReference(TrainerCallback):
         """Update, every `every` steps."""
         if state.global_step % self.every == 0:
             self.error = self.reference.update()
+
+
+def troubles(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """What a log shows that a person should know, by name.
+
+    Args:
+        history: Lines of `trainer.state.log_history`, oldest first.
+
+    Returns:
+        A sentence with a remedy by name: `grad_norm_not_finite`, `chosen_falls`, `ties`, `overfitting`.
+    """
+    lines = [line for line in history if "rewards/margins" in line]
+    evaluations = [line["eval_rewards/accuracies"] for line in history if "eval_rewards/accuracies" in line]
+    found = {}
+    if lines and not math.isfinite(lines[-1].get("grad_norm", 0.0)):
+        found["grad_norm_not_finite"] = (
+            f"The gradient's norm is {lines[-1]['grad_norm']} at step {lines[-1].get('step')}: the run is lost from "
+            "here. Lower the learning rate, or compute in bf16 instead of fp16."
+        )
+    last = lines[-PATIENCE:]
+    parting = len(last) == PATIENCE and last[-1]["rewards/chosen"] < 0 < last[-1]["rewards/margins"]
+    if parting and _monotone(last, "rewards/margins", 1) and _monotone(last, "logps/chosen", -1):
+        found["chosen_falls"] = (
+            f"Chosen log-probabilities fall (rewards/chosen {last[-1]['rewards/chosen']:.3g}) while margins grow: the "
+            "policy learns to make both sides unlikely. Mix in the likelihood (loss_type=['sigmoid', 'sft']), use "
+            "'apo_zero' or 'dpop', or lower the learning rate."
+        )
+    if len(lines) > PATIENCE and all(line["rewards/ties"] > 0.5 for line in last):
+        found["ties"] = (
+            "More than half of the pairs still tie: the adapter hardly moves. Raise the learning rate, or check that "
+            "its weights are trained."
+        )
+    if len(last) == PATIENCE and len(evaluations) > 1:
+        seen = sum(line["rewards/accuracies"] for line in last) / PATIENCE
+        if seen - evaluations[-1] > 0.2 and evaluations[-1] < max(evaluations):
+            found["overfitting"] = (
+                f"Accuracy is {seen:.2f} in training and {evaluations[-1]:.2f} in evaluation, where it was "
+                f"{max(evaluations):.2f}: stop earlier (load_best_model_at_end), or raise beta."
+            )
+    return found
+
+
+def _monotone(lines: Sequence[Mapping[str, float]], key: str, sign: int) -> bool:
+    """Whether a key only rises (sign 1) or falls (-1) from line to line."""
+    values = [line[key] for line in lines]
+    return all(sign * (b - a) > 0 for a, b in itertools.pairwise(values))
+
+
+class WatchPreferences(TrainerCallback):
+    """Warns once of each of the `troubles` that the log shows."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the log so far."""
+        if not state.is_world_process_zero:
+            return
+        for name, sentence in troubles(state.log_history).items():
+            if name not in self.said:
+                self.said.add(name)
+                warnings.warn(f"{name}: {sentence}", stacklevel=2)

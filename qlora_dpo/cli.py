@@ -26,6 +26,7 @@ from qlora_dpo.demo import DemoArguments, run_demo
 from qlora_dpo.judge import judged
 from qlora_dpo.model import UNKNOWN, adapter_folder, default_quantization, load_policy, load_tokenizer
 from qlora_dpo.record import read_record, recorded_reference, require_known, saved_adapter, warn_of_reference
+from qlora_dpo.rewardbench import as_conversations, section_scores
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
@@ -89,6 +90,9 @@ class EvaluationArguments:
     dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .parquet or .csv file or a folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_test_split: str = field(default="train", metadata={"help": "Split to evaluate on."})
+    benchmark: str | None = field(
+        default=None, metadata={"help": "rewardbench: rows of text with its subsets, and the scores of its sections."}
+    )
     json: bool = field(default=False, metadata={"help": "Print the report as JSON instead of a table."})
 
 
@@ -263,6 +267,17 @@ def train(words: Sequence[str]) -> None:
     print(f"adapter saved in {args.output_dir}; judge it with: qlora-dpo evaluate --adapter {args.output_dir}")
 
 
+def _section_scores(trainer: QLoRADPOTrainer) -> dict[str, float]:
+    """RewardBench's sections of a trainer's last evaluation, printed and returned."""
+    pairs = trainer.last_pairs
+    assert pairs is not None
+    subsets = dict(zip(trainer.eval_dataset["row"], trainer.eval_dataset["subset"], strict=True))
+    margins = pairs.column("reward_chosen") - pairs.column("reward_rejected")
+    scores = section_scores(margins, [subsets[row] for row in pairs.rows().tolist()])
+    print("\n".join(f"{section:10} {score:.3f}" for section, score in scores.items()))
+    return scores
+
+
 def evaluate(words: Sequence[str]) -> None:
     """Evaluate a saved adapter: `qlora-dpo evaluate --adapter DIR --dataset_name ...`."""
     classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
@@ -281,6 +296,10 @@ def evaluate(words: Sequence[str]) -> None:
     )
     chosen, args = parse(classes, words, program, defaults)
     rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
+    if chosen.benchmark not in (None, "rewardbench"):
+        raise ValueError(f"`benchmark` must be rewardbench, got {chosen.benchmark}. Leave it out for other data.")
+    if chosen.benchmark:
+        rows = as_conversations(rows)
     if args.reference == UNKNOWN:
         args.reference = recorded_reference(record, given="ref_logps" in value_columns(rows.column_names))
     require_known(record, args.reference)
@@ -300,9 +319,11 @@ def evaluate(words: Sequence[str]) -> None:
     )
     trainer.step.bco_delta.total, trainer.step.bco_delta.count = record.bco_delta, 1
     warn_of_reference(record, trainer.reference)
-    metrics = trainer.evaluate()
+    metrics: dict[str, Any] = dict(trainer.evaluate())
     report = judged(trainer, chosen.dataset_name, args.output_dir)
     print(json.dumps(report.to_dict(), indent=2) if chosen.json else report)
+    if chosen.benchmark:
+        metrics["rewardbench"] = _section_scores(trainer)
     _write_metrics(args.output_dir, metrics)
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from qlora_dpo.data import TokenLimits
 from qlora_dpo.layouts import LAYOUTS
 from qlora_dpo.losses import LOSSES, RANGES
+from qlora_dpo.metrics import HIGHER_IS_BETTER
 from qlora_dpo.objective import DIVERGENCES, Objective, check_reference, make_objective
 from qlora_dpo.preferences import PAIR_STRATEGIES
 
@@ -234,6 +235,7 @@ class QLoRADPOConfig(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing
         self._check()
         self._check_secrets()
+        self._know_the_better_direction()
         super().__post_init__()
 
     def _read_as_the_command_line_does(self) -> None:
@@ -251,6 +253,13 @@ class QLoRADPOConfig(TrainingArguments):
                     setattr(self, name, float(value))
                 except ValueError as error:
                     raise TypeError(f"`{name}` must be a number, got {value!r}. Write it as one.") from error
+
+    def _know_the_better_direction(self) -> None:
+        """Whether a higher value of `metric_for_best_model` is better: Trainer takes all but losses for higher."""
+        if self.metric_for_best_model and getattr(self, "greater_is_better", None) is None:
+            ends = [key for key in HIGHER_IS_BETTER if self.metric_for_best_model.endswith(key)]
+            if ends:
+                self.greater_is_better = HIGHER_IS_BETTER[max(ends, key=len)]
 
     def _set_device_and_precision(self) -> None:
         if not torch.accelerator.is_available():

@@ -6,7 +6,7 @@ fetches them once, when it logs; evaluation keeps the rows of the table.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,29 @@ PAIR_MEANS = {
     "logps/rejected": "logps_rejected",
 }
 """Log keys that are a column's mean over pairs."""
+
+HIGHER_IS_BETTER = {
+    "loss": False,
+    "rewards/chosen": True,
+    "rewards/rejected": False,
+    "rewards/accuracies": True,
+    "rewards/margins": True,
+    "rewards/ties": False,
+    "logps/chosen": True,
+    "logps/rejected": False,
+    "mean_token_accuracy": True,
+    "entropy": False,
+    "kl/chosen": False,
+    "kl/rejected": False,
+    "preference_accuracy": True,
+    "tie_share": False,
+    "implicit_reward_margin": True,
+    "implicit_reward_margin_median": True,
+    "implicit_reward_margin_std": False,
+    "expected_calibration_error": False,
+    "brier_score": False,
+}
+"""Keys of an evaluation that a best checkpoint can be chosen by, and whether higher is better."""
 
 EVALUATE_MODULES = Path(__file__).parent / "evaluate_metrics"
 """Folder of the modules that `evaluate.load` takes."""
@@ -153,12 +176,31 @@ class RunningSums:
         return dict(zip(COLUMNS, columns, strict=True)), int(pairs), int(unique_tokens)
 
 
+def best_metric_key(metric: str, sets: Sequence[str] = ()) -> str | None:
+    """The key in `HIGHER_IS_BETTER` that `metric_for_best_model` names, with or without `eval_` and a set's name.
+
+    Args:
+        metric: The option.
+        sets: Names of evaluation sets; with any, the metric must name one.
+
+    >>> best_metric_key("eval_rewards/rejected"), best_metric_key("accuracy")
+    ('rewards/rejected', None)
+    >>> best_metric_key("eval_chats_loss", ["chats"]), best_metric_key("eval_loss", ["chats"])
+    ('loss', None)
+    """
+    metric = metric.removeprefix("eval_")
+    for name in sets:
+        if metric.startswith(f"{name}_") and metric.removeprefix(f"{name}_") in HIGHER_IS_BETTER:
+            return metric.removeprefix(f"{name}_")
+    return metric if not sets and metric in HIGHER_IS_BETTER else None
+
+
 def preference_metrics(chosen: Any, rejected: Any) -> dict[str, float]:
-    """`preference_accuracy` and `implicit_reward_margin` of `(T,)` rewards, by the package's `evaluate` modules."""
+    """Accuracy, margin and calibration of `(T,)` rewards, by the package's `evaluate` modules."""
     import evaluate  # slow to import, and only evaluation needs it
 
     found: dict[str, float] = {}
-    for name in ("preference_accuracy", "implicit_reward_margin"):
+    for name in ("preference_accuracy", "implicit_reward_margin", "preference_calibration"):
         module = evaluate.load(str(EVALUATE_MODULES / name))
         found |= module.compute(chosen_rewards=chosen, rejected_rewards=rejected)
     return found

@@ -25,12 +25,13 @@ from qlora_dpo.adapters import require_trainable, trained_adapters
 from qlora_dpo.arguments import (
     announce,
     check_arguments,
+    check_best_metric,
     policy_from,
     reference_from,
     router_coefficient,
     tokenizer_from,
 )
-from qlora_dpo.callbacks import SyncReference
+from qlora_dpo.callbacks import SyncReference, WatchPreferences
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
     GROUP_COLUMNS,
@@ -80,8 +81,7 @@ class QLoRADPOTrainer(Trainer):
         processing_class: The tokenizer; None to load it from the model's folder or id.
         compute_metrics: Called once per evaluation with `EvalPrediction(predictions=(chosen, rejected) rewards `(T,)`
             each, label_ids=row ids `(T,)`)`; None for the package's `evaluate` modules.
-        callbacks: As in `Trainer`.
-        optimizers: As in `Trainer`.
+        callbacks, optimizers: As in `Trainer`.
         quantization_config: How to quantise a model given as a string.
         peft_config: The adapter to attach.
 
@@ -112,6 +112,7 @@ class QLoRADPOTrainer(Trainer):
     ) -> None:
         args = args or QLoRADPOConfig(output_dir="qlora-dpo-output")
         check_arguments(ref_model, args, data_collator, train_dataset, eval_dataset)
+        check_best_metric(args, eval_dataset, compute_metrics is not None)
         objective = args.objective
         set_seed(args.seed)  # the adapter's A matrices are random
         policy = policy_from(model, args, quantization_config, peft_config)
@@ -166,6 +167,7 @@ class QLoRADPOTrainer(Trainer):
             )
         self.data_collator.max_tokens = args.max_tokens_per_forward
         self.given = "ref_logps" in (getattr(self.train_dataset, "column_names", None) or [])  # instead of a reference
+        self.add_callback(WatchPreferences())
         if isinstance(reference, AverageReference):
             self._sync = SyncReference(reference, args.ref_model_sync_steps)
             self.add_callback(self._sync)
@@ -254,11 +256,10 @@ class QLoRADPOTrainer(Trainer):
         """A long and a short group of the data at hand."""
         return sample_groups(self.eval_dataset if self.train_dataset is None else self.train_dataset)
 
-    def precompute_reference(self) -> None:
+    def _precompute_reference(self) -> None:
         """Score all data under the reference, where it is kept on disk; what is there already is not scored again."""
         args, reference = self.args, self.reference
-        if not isinstance(reference, CachedReference):
-            raise RuntimeError("The reference must be kept on disk. Set precompute_ref_log_probs.")
+        assert isinstance(reference, CachedReference)
         sets = [one for one in (self.train_dataset, *as_named(self.eval_dataset).values()) if one is not None]
         size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         share = (args.process_index, args.world_size)
@@ -273,7 +274,7 @@ class QLoRADPOTrainer(Trainer):
         self._prove()
         self.model.train()
         if isinstance(self.reference, CachedReference):
-            self.precompute_reference()
+            self._precompute_reference()
         self._check_start()
         self._unprepare()
         self._sums, self._last_log = RunningSums(), time.perf_counter()

@@ -10,7 +10,8 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "measures", "world"},
+    {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters"},
+    {"measures", "rewardbench", "world"},
     {"objective", "layouts", "attention", "data", "sampling"},
     {"config"},
     {"model", "forward"},

@@ -7,11 +7,23 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from qlora_dpo.metrics import COLUMNS, EVALUATE_MODULES, RunningSums, pair_table, preference_metrics, summarize
+from qlora_dpo import QLoRADPOTrainer
+from qlora_dpo.metrics import (
+    COLUMNS,
+    EVALUATE_MODULES,
+    HIGHER_IS_BETTER,
+    RunningSums,
+    pair_table,
+    preference_metrics,
+    summarize,
+)
 from qlora_dpo.scores import Scores
 
 from reference_impl import pair_metrics
+from test_trainer import policy_of
+from tiny_chat import CHAT_ROWS
 
 
 def batch_of(seed, completions=6, pairs=4):
@@ -97,8 +109,50 @@ def test_module_examples_are_true(name, monkeypatch):
     assert runner.failures == 0
 
 
-@pytest.mark.parametrize("module", ["losses", "logps", "metrics", "preferences", "attention"])
+@pytest.mark.parametrize("module", ["losses", "logps", "metrics", "preferences", "attention", "measures"])
 def test_docstring_examples_are_true(module):
     found = doctest.testmod(importlib.import_module(f"qlora_dpo.{module}"), extraglobs={"torch": torch})
     assert found.attempted > 0
     assert found.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("eval_rewards/rejected", False), ("eval_logps/rejected", False), ("eval_rewards/margins", True), ("loss", False)],
+)
+def test_the_direction_of_every_key_is_known(make_args, metric, better):
+    args = make_args(metric_for_best_model=metric)
+    assert args.greater_is_better is better
+    assert make_args(metric_for_best_model=metric, greater_is_better=not better).greater_is_better is not better
+
+
+@pytest.mark.parametrize(
+    ("metric", "named", "message"),
+    [
+        ("eval_reward/margins", False, "Did you mean rewards/margins"),
+        ("eval_loss", True, "such as eval_chats_rewards/accuracies"),
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_at_the_start(tokenizer, make_args, metric, named, message):
+    rows = Dataset.from_list(CHAT_ROWS)
+    args = make_args(metric_for_best_model=metric)
+    with pytest.raises(ValueError, match=message):
+        QLoRADPOTrainer(
+            policy_of(tokenizer), args=args, train_dataset=rows, eval_dataset={"chats": rows} if named else rows,
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+
+def test_every_key_of_an_evaluation_has_a_direction(tokenizer, make_args):
+    rows = Dataset.from_list(CHAT_ROWS)
+    trainer = QLoRADPOTrainer(policy_of(tokenizer), args=make_args(), eval_dataset=rows, processing_class=tokenizer)
+    found = {key.removeprefix("eval_") for key in trainer.evaluate()}
+    about_the_run = {
+        "runtime",
+        "samples_per_second",
+        "steps_per_second",
+        "num_tokens",
+        "model_preparation_time",
+        "epoch",
+    }
+    assert found - about_the_run - {"logits/chosen", "logits/rejected"} == set(HIGHER_IS_BETTER)

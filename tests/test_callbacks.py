@@ -1,0 +1,68 @@
+"""Warnings about what a log shows, each once and none without its reason."""
+
+import warnings
+
+import pytest
+from datasets import Dataset
+
+from qlora_dpo import QLoRADPOTrainer
+from qlora_dpo.callbacks import troubles
+
+from test_trainer import policy_of
+from tiny_chat import CHAT_ROWS
+
+
+def line(step, **values):
+    healthy = {
+        "step": step, "grad_norm": 1.0, "rewards/margins": 0.1 * step, "rewards/chosen": 0.05 * step,
+        "rewards/accuracies": 0.8, "rewards/ties": 0.0, "logps/chosen": -50.0 + step,
+    }  # fmt: skip
+    return healthy | values
+
+
+def test_a_healthy_log_is_left_alone():
+    assert troubles([line(step) for step in range(1, 9)]) == {}
+    assert troubles([]) == {}
+
+
+def test_chosen_that_fall_while_margins_grow_are_named_with_the_remedies():
+    log = [line(step, **{"logps/chosen": -50.0 - step, "rewards/chosen": -0.1 * step}) for step in range(1, 4)]
+    assert "'apo_zero' or 'dpop'" in troubles(log)["chosen_falls"]
+    assert "chosen_falls" not in troubles(log[:2])
+    log[-1]["rewards/margins"] = 0.0
+    assert "chosen_falls" not in troubles(log)
+
+
+def test_a_gradient_that_is_not_finite_is_named_at_once():
+    assert "at step 1" in troubles([line(1, grad_norm=float("nan"))])["grad_norm_not_finite"]
+
+
+def test_ties_that_stay_are_named():
+    log = [line(step, **{"rewards/ties": 0.9}) for step in range(1, 5)]
+    assert "ties" in troubles(log)
+    assert "ties" not in troubles(log[:3])
+
+
+def test_accuracies_that_part_are_named_once_evaluation_falls():
+    log = [line(step, **{"rewards/accuracies": 0.95}) for step in range(1, 4)]
+    first, second = {"eval_rewards/accuracies": 0.7}, {"eval_rewards/accuracies": 0.6}
+    assert "overfitting" in troubles([*log, first, second])
+    assert "overfitting" not in troubles([*log, second, first])
+
+
+def test_a_run_is_warned_once_of_each(tokenizer, make_args):
+    rows = Dataset.from_list(CHAT_ROWS)
+    args = make_args(max_steps=6, learning_rate=0.0)
+    trainer = QLoRADPOTrainer(policy_of(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer)
+    with pytest.warns(UserWarning, match="More than half") as caught:
+        trainer.train()
+    assert len([w for w in caught if str(w.message).startswith("ties:")]) == 1
+
+
+def test_a_run_that_learns_is_not_warned(tokenizer, make_args):
+    rows = Dataset.from_list(CHAT_ROWS)
+    args = make_args(max_steps=6, learning_rate=1e-2, loss_type=["sigmoid", "sft"])
+    trainer = QLoRADPOTrainer(policy_of(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(ties|chosen_falls|overfitting|grad_norm)")
+        trainer.train()
