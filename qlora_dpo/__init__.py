@@ -5,6 +5,7 @@ from qlora_dpo.judge import evaluate_preferences
 from qlora_dpo.losses import LOSSES, dpo_loss
 from qlora_dpo.measures import PreferenceReport
 from qlora_dpo.model import load_policy
+from qlora_dpo.score import load_scorer, score_completions
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 __version__ = "0.1.0"
@@ -16,4 +17,6 @@ __all__ = [
     "dpo_loss",
     "evaluate_preferences",
     "load_policy",
+    "load_scorer",
+    "score_completions",
 ]

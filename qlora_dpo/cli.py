@@ -1,4 +1,4 @@
-"""The command line: `qlora-dpo demo`, `train` and `evaluate`, also as `python -m qlora_dpo`.
+"""The command line: `qlora-dpo demo`, `train`, `evaluate`, `score` and `report`, also as `python -m qlora_dpo`.
 
 Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config file.yaml` sets defaults and flags win.
 """
@@ -26,7 +26,9 @@ from qlora_dpo.demo import DemoArguments, run_demo
 from qlora_dpo.judge import judged
 from qlora_dpo.model import UNKNOWN, adapter_folder, default_quantization, load_policy, load_tokenizer
 from qlora_dpo.record import read_record, recorded_reference, require_known, saved_adapter, warn_of_reference
+from qlora_dpo.report import write_report
 from qlora_dpo.rewardbench import as_conversations, section_scores
+from qlora_dpo.score import score_file
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
@@ -257,10 +259,10 @@ def train(words: Sequence[str]) -> None:
     metrics["train"] = trainer.train(resume_from_checkpoint=resume in ("true", "True", True) or resume).metrics
     if test_rows is not None:
         metrics["after"] = trainer.evaluate()
-        report = judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "after")))
+        found = judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "after")))
         for title in ("before", "after"):
             print(_summary(title, metrics[title]))
-        print(report)
+        print(found)
     trainer.save_model()
     trainer.save_state()
     _write_metrics(args.output_dir, metrics)
@@ -320,8 +322,8 @@ def evaluate(words: Sequence[str]) -> None:
     trainer.step.bco_delta.total, trainer.step.bco_delta.count = record.bco_delta, 1
     warn_of_reference(record, trainer.reference)
     metrics: dict[str, Any] = dict(trainer.evaluate())
-    report = judged(trainer, chosen.dataset_name, args.output_dir)
-    print(json.dumps(report.to_dict(), indent=2) if chosen.json else report)
+    found = judged(trainer, chosen.dataset_name, args.output_dir)
+    print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
     if chosen.benchmark:
         metrics["rewardbench"] = _section_scores(trainer)
     _write_metrics(args.output_dir, metrics)
@@ -333,7 +335,45 @@ def demo(words: Sequence[str]) -> None:
     _write_metrics(arguments.output_dir, run_demo(arguments))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"demo": demo, "train": train, "evaluate": evaluate}
+@dataclass
+class ScoreArguments:
+    """What to score."""
+
+    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    source: str = field(
+        metadata={"help": "A .jsonl file of rows with `prompt` and `completions`, or chosen and rejected."}
+    )
+    target: str = field(metadata={"help": "File to write, a line for each row; one that is begun is continued."})
+    batch_size: int = field(default=8, metadata={"help": "Rows scored at a time."})
+    reference: str | None = field(default=None, metadata={"help": "base, none, or a path or id. Default: as recorded."})
+    min_margin: float | None = field(
+        default=None, metadata={"help": "Drop rows of chosen and rejected whose margin is below it."}
+    )
+
+
+def score(words: Sequence[str]) -> None:
+    """Score completions with an adapter: `qlora-dpo score --adapter DIR --source in.jsonl --target out.jsonl`."""
+    (chosen,) = parse((ScoreArguments,), words, "qlora-dpo score")
+    count = score_file(
+        chosen.adapter, chosen.source, chosen.target, chosen.batch_size, chosen.reference, chosen.min_margin
+    )
+    print(f"{count} rows scored into {chosen.target}")
+
+
+def report(words: Sequence[str]) -> None:
+    """Draw a run as one HTML file: `qlora-dpo report RUN_DIR`."""
+    parser = argparse.ArgumentParser(prog="qlora-dpo report")
+    parser.add_argument("run_dir", help="The output_dir of a training.")
+    print(f"report written to {write_report(parser.parse_args(list(words)).run_dir)}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo,
+    "train": train,
+    "evaluate": evaluate,
+    "score": score,
+    "report": report,
+}
 
 
 def _usage() -> str:

@@ -192,6 +192,30 @@ def tokenize_row(
         raise ValueError(f"Row {index} of the data set: {error}") from error
 
 
+def sequences(
+    row: Mapping[str, Any], preference: Preference, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], int, bool] | None:
+    """Token ids of prompt + each completion, and where the prompt ends in them.
+
+    Args:
+        row: The row, for `tools` and `chat_template_kwargs`.
+        preference: The row in the common form.
+        tokenizer: Its chat template renders messages.
+
+    Returns:
+        The sequences, the length of the prompt, and whether that is less than the prompt alone has; None if the prompt
+        is implied and the sides have no common start.
+    """
+    if preference.prompt == []:
+        return None
+    prompt_ids, *wholes = (_render if preference.conversational else _encode)(tokenizer, preference, row)
+    implied = preference.prompt is None
+    boundary = _common_prefix(wholes[0] if implied else prompt_ids, wholes)
+    if implied and set(wholes[0][:boundary]) <= {tokenizer.bos_token_id}:
+        return None
+    return wholes, boundary, not implied and boundary < len(prompt_ids)
+
+
 def _tokenized(
     row: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -202,14 +226,10 @@ def _tokenized(
     """What `tokenize_row` returns, but for the row's number."""
     preference = parse_row(row, pair_strategy)
     group: dict[str, Any] = {"boundary_moved": False, "turns": _turns(preference)}
-    if preference.prompt == []:
+    found = sequences(row, preference, tokenizer)
+    if found is None:
         return group | _dropped(NO_COMMON_START, values)
-    prompt_ids, *wholes = (_render if preference.conversational else _encode)(tokenizer, preference, row)
-    implied = preference.prompt is None
-    boundary = _common_prefix(wholes[0] if implied else prompt_ids, wholes)
-    if implied and set(wholes[0][:boundary]) <= {tokenizer.bos_token_id}:
-        return group | _dropped(NO_COMMON_START, values)
-    group["boundary_moved"] = not implied and boundary < len(prompt_ids)
+    wholes, boundary, group["boundary_moved"] = found
     return group | _cut(wholes, boundary, preference, limits, values)
 
 

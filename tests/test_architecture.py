@@ -18,7 +18,7 @@ LAYERS = [
     {"reference"},
     {"record", "arguments", "proof", "precomputed", "step", "callbacks"},
     {"evaluation", "trainer"},
-    {"demo", "judge"},
+    {"demo", "judge", "score", "report"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -191,7 +191,7 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert "--output_dir" in capsys.readouterr().out
+    assert f"usage: qlora-dpo {command}" in capsys.readouterr().out
 
 
 def test_the_package_runs_as_a_module():

@@ -1,0 +1,267 @@
+"""The page of a run: what it shows, that it is sound HTML, and what it says of a run folder with parts missing."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from qlora_dpo.measures import Pairs, preference_report
+from qlora_dpo.report import write_report
+
+EVIL = 'x</details></div><script>alert("1")</script>&amp;\x00\ud800'
+VOID = {"meta", "br"}
+
+
+def history(steps=5):
+    lines = []
+    for step in range(steps):
+        shared = {"rewards/accuracies": 0.5 + step / 20, "rewards/margins": step / 4}
+        for side, sign in (("chosen", 1), ("rejected", -1)):
+            shared |= {f"rewards/{side}": sign * step / 8, f"logps/{side}": -30.0 + sign * step}
+        lines.append({"step": step, "loss": 0.69 - step / 20} | shared)
+        evaluated = {"loss": 0.68, "kl/chosen": step / 100, "kl/rejected": step / 90} | shared
+        lines.append({"step": step} | {f"eval_{key}": value for key, value in evaluated.items()})
+    return [*lines, {"step": steps, "train_loss": 0.5, "train_runtime": 12.5}]
+
+
+def save(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def save_evaluation(folder, scale):
+    rewards = scale * np.random.default_rng(0).normal(0.5, 1.0, 60)
+    tokens = np.arange(60) % 7 + 3
+    pairs = Pairs(
+        row=np.arange(60),
+        reward_chosen=rewards,
+        reward_rejected=-rewards,
+        logps_chosen=rewards - 20,
+        logps_rejected=-rewards - 21,
+        tokens_chosen=tokens,
+        tokens_rejected=tokens[::-1],
+        beta=0.1,
+        subset=["chat <b>&", "code"] * 30,
+        turns=[1, 1, 3] * 20,
+    )
+    save(folder / "report.json", preference_report(pairs, "held-out").to_dict())
+    lines = []
+    for row, reward in enumerate(rewards.tolist()):
+        line = {"row": row, "pair": 0, "subset": "code", "margin": 2 * reward, "reward_chosen": reward}
+        line |= {"reward_rejected": -reward, "tokens_chosen": 5, "tokens_rejected": 6, "prompt": f"prompt {row}"}
+        lines.append(json.dumps(line | {"chosen": EVIL, "rejected": "long " * 200 + EVIL}) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines) + '{"cut off')
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    save(folder / "trainer_state.json", {"log_history": history(), "global_step": 5, "epoch": 1.0})
+    save(folder / "metrics.json", {"train": {"train_runtime": 12.5}})
+    quantization = {"bnb_4bit_quant_type": "nf4"}
+    record = {
+        "base": "some/base",
+        "quantization": quantization,
+        "reference": "base",
+        "loss": {"loss_type": ["sigmoid"]},
+    }
+    save(folder / "qlora_dpo.json", record | {"beta": 0.1, "max_length": 512})
+    save(folder / "adapter_config.json", {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]})
+    (folder / "adapter_model.safetensors").write_bytes(b"0" * 1234)
+    save_evaluation(folder / "evaluation" / "before", 0.0)
+    save_evaluation(folder / "evaluation" / "after", 1.0)
+    return folder
+
+
+class Balance(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.words, self.attributes = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def page_of(run):
+    """The page, after all that holds for every page: balanced tags, XML charts, no script, nothing from a network."""
+    page = (run / "report.html").read_text(encoding="utf-8") if write_report(str(run)) else ""
+    found = Balance()
+    found.feed(page)
+    found.close()
+    assert found.open == []
+    assert "script" not in found.seen
+    assert "http:" not in page
+    assert "https:" not in page
+    assert not {name for name, _ in found.attributes} & {"src", "href", "onload", "onclick"}
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        numbers = [value for node in ElementTree.fromstring(svg).iter() for value in node.attrib.values()]
+        assert not any(re.search(r"\b(nan|inf)\b", value) for value in numbers)
+    return page
+
+
+def chart(page, title):
+    """The figure under a heading, up to its end."""
+    return re.search(rf"<figure><h3>{re.escape(title)}</h3>.*?</figure>", page, re.DOTALL)[0]
+
+
+def test_a_whole_run_has_every_section(run):
+    page = page_of(run)
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "Result",
+        "Curves",
+        "Margins and calibration",
+        "Accuracy by part, with 95 % intervals",
+        "Pairs",
+        "What was trained",
+    ]
+    assert re.findall("<figure><h3>(.*?)</h3>", page) == [
+        "Loss",
+        "Accuracy",
+        "Margin",
+        "Rewards",
+        "Log-probabilities, nats",
+        "KL from the reference, nats per token",
+        "Margin",
+        "Reliability",
+        "Length",
+        "Subset",
+        "Turns",
+    ]
+
+
+def test_the_headline_is_the_reports_numbers(run):
+    page = page_of(run)
+    after = json.loads((run / "evaluation" / "after" / "report.json").read_text())
+    accuracy = after["accuracy"]
+    assert f"0.500 → {accuracy['value']:.3f}" in page
+    assert f"after [{accuracy['low']:.3f}, {accuracy['high']:.3f}]" in page
+    assert f"0.000 → {after['margin']['mean']:.3f}" in page
+    assert f"→ {after['calibration']['ece']:.3f}" in page
+
+
+def test_a_chart_holds_training_and_evaluation(run):
+    assert re.findall("</svg>([^<]*)</li>", chart(page_of(run), "Rewards")) == [
+        "training chosen",
+        "evaluation chosen",
+        "training rejected",
+        "evaluation rejected",
+    ]
+
+
+def test_evaluation_sets_are_told_apart_and_the_auxiliary_loss_is_none(run):
+    lines = [{"step": 1, "eval_aux_loss": 1.0}]
+    lines += [{"step": 1, f"eval_{name}_loss": 0.5, f"eval_{name}_rewards/accuracies": 0.5} for name in ("a", "b_c")]
+    save(run / "trainer_state.json", {"log_history": lines})
+    assert re.findall("</svg>([^<]*)</li>", chart(page_of(run), "Loss")) == ["evaluation a", "evaluation b_c"]
+
+
+def test_equal_margins_are_a_line_and_others_shares_that_sum_to_one(run):
+    page = page_of(run)
+    figure = re.findall(r"<figure><h3>Margin</h3>.*?</figure>", page, re.DOTALL)[1]
+    assert "before: all 60 at 0" in figure
+    assert "after, 60 pairs" in figure
+    svg = ElementTree.fromstring(re.search("<svg.*?</svg>", figure, re.DOTALL)[0])
+    heights = [float(box.attrib["height"]) for box in svg.iter("rect")]
+    pairs = [json.loads(line) for line in (run / "evaluation/after/pairs.jsonl").read_text().splitlines()[:-1]]
+    span = 1.1 * (max(p["margin"] for p in pairs) - min(p["margin"] for p in pairs))
+    width = min(w for w in (0.1, 0.2, 0.5, 1.0) if w >= span / 24)  # 1, 2 or 5 times a power of ten
+    counts = np.unique([math.floor(p["margin"] / width) for p in pairs], return_counts=True)[1]
+    np.testing.assert_allclose(np.array(heights) / sum(heights), counts / 60, atol=2e-3)
+
+
+def test_the_most_wrong_and_most_right_pairs_are_shown_in_order(run):
+    lines = (run / "evaluation/after/pairs.jsonl").read_text().splitlines()[:-1]
+    margins = sorted(json.loads(line)["margin"] for line in lines)
+    shown = re.findall(r"<b>margin (.*?)</b>", page_of(run))
+    assert shown == [f"{margin:.3f}" for margin in margins[:5] + margins[:-6:-1]]
+
+
+def test_text_is_escaped_and_long_text_folded(run):
+    page = page_of(run)
+    assert "<script" not in page
+    assert "x&lt;/details&gt;&lt;/div&gt;&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;amp;\ufffd\ufffd" in page
+    assert page.count("<details>") == 10  # the rejected completion of each pair
+    assert "chat &lt;b&gt;&amp;: " in page
+
+
+def test_what_was_trained_is_told(run):
+    page = page_of(run)
+    for text in ("some/base", "bnb_4bit_quant_type: nf4", "loss_type: sigmoid", "512", "q_proj", "1,234 bytes"):
+        assert text in page
+    assert "12.5 s" in page
+    assert re.search(r"torch: \d+\.\d+", page)
+
+
+def test_a_state_alone_makes_a_page_that_says_what_is_missing(tmp_path):
+    save(tmp_path / "trainer_state.json", {"log_history": history()})
+    page = page_of(tmp_path)
+    assert "No evaluation was saved" in page
+    for name in ("metrics.json", "qlora_dpo.json", "evaluation/after/report.json", "evaluation/before/pairs.jsonl"):
+        assert f"{name} is missing." in page
+
+
+def test_metrics_stand_in_for_missing_reports(tmp_path):
+    save(tmp_path / "trainer_state.json", {"log_history": []})
+    save(tmp_path / "metrics.json", {"after": {"eval_rewards/accuracies": 0.625, "eval_rewards/margins": 1.5}})
+    page = page_of(tmp_path)
+    assert "? → 0.625" in page
+    assert "? → 1.500" in page
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"name": 1}'])
+def test_broken_parts_are_named_and_left_out(run, text):
+    for name in ("metrics.json", "evaluation/after/report.json"):
+        (run / name).write_text(text)
+    page = page_of(run)
+    assert "evaluation/after/report.json is no report of this version." in page
+    assert ("metrics.json is not a JSON object." in page) == (text != '{"name": 1}')
+
+
+def test_values_that_are_not_finite_break_a_curve_and_are_counted(run):
+    values = [1.0, math.nan, 3.0, 4.0, math.inf, None]
+    save(run / "trainer_state.json", {"log_history": [{"step": i, "loss": v} for i, v in enumerate(values)]})
+    figure = chart(page_of(run), "Loss")
+    assert "3 values not finite" in figure
+    curve = max(re.findall(r'd="([^"]*)"', figure), key=lambda path: path.count(" "))
+    assert re.sub("[^ML]", "", curve) == "MML"
+    assert figure.count("<circle") == 1  # the first value has no neighbour
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, -1e9, 1e-12, math.nan])
+def test_a_curve_of_one_point_is_drawn(run, value):
+    save(run / "trainer_state.json", {"log_history": [{"step": 1, "loss": value}]})
+    assert chart(page_of(run), "Loss").count("<circle") == math.isfinite(value)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`run_dir` must be a folder, got .*none\. Pass the `output_dir`"):
+        write_report(str(tmp_path / "none"))
+
+
+def test_a_folder_without_a_state_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must hold trainer_state\.json, got .* without it\. Call trainer"):
+        write_report(str(tmp_path))
+
+
+@pytest.mark.parametrize(("text", "got"), [("{", "no JSON object"), ("{}", "NoneType as `log_history`")])
+def test_a_state_without_a_history_is_refused(tmp_path, text, got):
+    (tmp_path / "trainer_state.json").write_text(text)
+    with pytest.raises(ValueError, match=f"`run_dir` must hold .*, got {got}. Call trainer"):
+        write_report(str(tmp_path))
