@@ -254,3 +254,23 @@ def test_a_reference_that_was_in_memory_only_is_asked_for(base_folder, rows_file
     assert main(["evaluate", "--adapter", adapter, "--dataset_name", rows_file]) == 2
     assert "Name it, or another, with --reference" in capsys.readouterr().err
     evaluated(adapter, rows_file, "--reference", "base")
+
+
+def test_a_run_is_drawn_as_one_file(base_folder, rows_file, tmp_path, capsys):
+    run = trained_in(tmp_path / "run", base_folder, rows_file)
+    assert main(["report", run]) == 0
+    assert "report.html" in capsys.readouterr().out
+    page = Path(run, "report.html").read_text()
+    after = json.loads(Path(run, "evaluation", "after", "report.json").read_text())
+    assert f"{after['accuracy']['value']:.3f}" in page
+    assert "missing" not in page.lower() or "evaluation/before" not in page
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "`run_dir` must" in capsys.readouterr().err
+
+
+def test_completions_are_scored_from_the_command_line(base_folder, rows_file, tmp_path, capsys):
+    run = trained_in(tmp_path / "run", base_folder, rows_file)
+    target = tmp_path / "scored.jsonl"
+    assert main(["score", "--adapter", run, "--source", rows_file, "--target", str(target)]) == 0
+    assert "12 rows scored" in capsys.readouterr().out
+    assert len(target.read_text().splitlines()) == 12
