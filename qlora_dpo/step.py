@@ -64,8 +64,8 @@ class Step:
         With `divergence` those hold the exact `KL` of each token's distribution from the reference's, where both passes
         go through one plain head; that costs two more passes through it.
         """
-        live = self.reference
-        if divergence and isinstance(live, LiveReference) and has_plain_head(live.policy.get_base_model()):
+        live = self.reference if divergence and "ref_logps" not in batch else None
+        if isinstance(live, LiveReference) and has_plain_head(live.policy.get_base_model()):
             reference = live(model, batch, (ROWS,))
         else:
             reference = self.compared(model, batch)
