@@ -161,7 +161,7 @@ def serve(folder):
         try:
             result = globals()[name](Path(where), 2, **options)
             assert torch.distributed.get_world_size() == 2
-        except ValueError as error:
+        except Exception as error:  # what a test asks about, or its reason to fail
             result = {"error": str(error)}
         if rank == 0:
             out = folder / f"out-{number}.json"
