@@ -5,11 +5,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
 from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.data import DataReport, prepare_dataset, show, value_columns
 from qlora_dpo.layouts import GroupCollator
 from qlora_dpo.metrics import HIGHER_IS_BETTER, best_metric_key
 from qlora_dpo.model import (
@@ -21,7 +23,8 @@ from qlora_dpo.model import (
     load_tokenizer,
     with_pad_token,
 )
-from qlora_dpo.reference import Reference, make_reference
+from qlora_dpo.objective import Objective, check_columns
+from qlora_dpo.reference import Reference, make_reference, require_no_other
 
 
 def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any) -> None:
@@ -39,6 +42,11 @@ def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset
         raise TypeError(f"`data_collator` must be a GroupCollator, got {type(data_collator).__name__}. Leave it out.")
     if train_dataset is None and eval_dataset is None:
         raise ValueError("`train_dataset` or `eval_dataset` must be given, got neither. Pass one.")
+    if args.sample_generations and eval_dataset is None:
+        raise ValueError(
+            "`sample_generations` must be 0 without `eval_dataset`, whose prompts it answers, got "
+            f"{args.sample_generations}. Pass one."
+        )
 
 
 def check_best_metric(args: QLoRADPOConfig, eval_dataset: Any, own_metrics: bool) -> None:
@@ -60,6 +68,51 @@ def check_best_metric(args: QLoRADPOConfig, eval_dataset: Any, own_metrics: bool
     close = difflib.get_close_matches(metric.removeprefix("eval_"), HIGHER_IS_BETTER, n=1)
     hint = f"Did you mean {close[0]}?" if close and not sets else f"Use one such as {example}."
     raise ValueError(f"`metric_for_best_model` must be a key of the evaluation, got {metric}. {hint}")
+
+
+class Preparation:
+    """Tokenises data sets, checks that the objective can use their columns, and shows what became of their rows.
+
+    Attributes:
+        reports: What became of the rows, by the name of the set.
+    """
+
+    def __init__(
+        self, args: QLoRADPOConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase, reference: Reference
+    ) -> None:
+        self.args, self.objective, self.reference = args, objective, reference
+        self.reports: dict[str, DataReport] = {}
+        self._options: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "limits": args.token_limits,
+            "pair_strategy": args.pair_strategy,
+            "num_proc": args.dataset_num_proc,
+            "batch_size": args.per_device_train_batch_size,
+        }
+
+    def __call__(self, dataset: Any, name: str) -> Any:
+        """One data set, tokenised."""
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise TypeError(
+                f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list."
+            )
+        with self.args.main_process_first(desc="tokenising"):
+            prepared, report = prepare_dataset(dataset, name=name, **self._options)
+        columns = value_columns(prepared.column_names or [])
+        check_columns(self.objective, columns, self.args.label_smoothing)
+        if "ref_logps" in columns:
+            require_no_other(self.reference, self.args.reference)
+        if report is not None:
+            self.reports[name] = report
+            if self.args.process_index == 0:
+                show(report)
+        return prepared
+
+    def sets(self, dataset: Any) -> Any:
+        """One data set for evaluation, or several by name."""
+        if isinstance(dataset, Mapping):
+            return {name: self(one, name) for name, one in dataset.items()}
+        return self(dataset, "eval")
 
 
 def router_coefficient(policy: PeftModel, args: QLoRADPOConfig) -> float:

@@ -51,7 +51,8 @@ LOSS_FIELDS = (
 )
 """Fields that decide the loss; `qlora_dpo.json` keeps them."""
 
-_COUNTS = ("precompute_ref_batch_size", "ref_model_sync_steps", "ref_model_max_rank")
+_SAMPLES = ("sample_generations_every", "sample_max_new_tokens")
+_COUNTS = ("precompute_ref_batch_size", "ref_model_sync_steps", "ref_model_max_rank", *_SAMPLES)
 _MODIFIERS = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "bco_running_mean")
 
 
@@ -212,6 +213,12 @@ class QLoRADPOConfig(TrainingArguments):
             "more passes through the LM head."
         ),
     )
+    sample_generations: int = field(
+        default=0,
+        metadata=_help("Prompts of the evaluation set to answer after evaluations, by policy and reference. 0: none."),
+    )
+    sample_generations_every: int = field(default=1, metadata=_help("Evaluations from one such sample to the next."))
+    sample_max_new_tokens: int = field(default=128, metadata=_help("Most tokens of such an answer."))
     disable_dropout: bool = field(
         default=True, metadata=_help("Set every dropout probability of the model to zero, the adapter's too.")
     )
@@ -279,6 +286,11 @@ class QLoRADPOConfig(TrainingArguments):
         self._check_choice("pair_strategy", self.pair_strategy, tuple(PAIR_STRATEGIES))
         if self.padding_free and self.batch_layout == "padded":
             raise ValueError("`padding_free` must be False with batch_layout='padded', got True. Drop one of them.")
+        for name in _SAMPLES:
+            if not self.sample_generations and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"`{name}` must be left out without `sample_generations`, which uses it. Set that.")
+        if self.sample_generations < 0:
+            raise ValueError(f"`sample_generations` must be 0 or more, got {self.sample_generations}.")
         check_reference(self.objective, self.reference)
         self._check_moving_reference()
         for name in ("max_length", "max_prompt_length", "logps_chunk_size", "max_tokens_per_forward", *_COUNTS):

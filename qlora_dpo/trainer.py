@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, de
 
 from qlora_dpo.adapters import require_trainable, trained_adapters
 from qlora_dpo.arguments import (
+    Preparation,
     announce,
     check_arguments,
     check_best_metric,
@@ -36,19 +37,16 @@ from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
     GROUP_COLUMNS,
     VALUE_COLUMNS,
-    DataReport,
     as_named,
-    prepare_dataset,
-    show,
-    value_columns,
 )
 from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
+from qlora_dpo.generations import SampleGenerations
 from qlora_dpo.layouts import Group, GroupCollator
 from qlora_dpo.metrics import RunningSums, preference_metrics, summarize
 from qlora_dpo.model import keep_one_arithmetic, load_trained
-from qlora_dpo.objective import check_columns
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
+from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
 from qlora_dpo.record import check_same_reference, write_record
 from qlora_dpo.reference import (
@@ -56,7 +54,6 @@ from qlora_dpo.reference import (
     AverageReference,
     ModelReference,
     Reference,
-    require_no_other,
     starts_at,
     warn_of_itself,
 )
@@ -135,26 +132,20 @@ class QLoRADPOTrainer(Trainer):
         if reentrant and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # it would mark what the recomputed layers use twice
         args.accelerator_config.dispatch_batches = False  # it would cut a stream's tensors by their first size
-        self.data_reports: dict[str, DataReport] = {}
         self.layout_proof: LayoutProof | None = None
         self._proven = False
         self._sums = RunningSums()
         self._records: PairRecords | None = None
         self.last_pairs: GatheredPairs | None = None
         self._last_log = time.perf_counter()
-        self._options: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "limits": args.token_limits,
-            "pair_strategy": args.pair_strategy,
-            "num_proc": args.dataset_num_proc,
-            "batch_size": args.per_device_train_batch_size,
-        }
+        self.prepared = Preparation(args, objective, tokenizer, reference)
+        self.data_reports = self.prepared.reports
         super().__init__(
             model=policy,
             args=args,
             data_collator=data_collator or GroupCollator(tokenizer.pad_token_id),
-            train_dataset=None if train_dataset is None else self._prepared(train_dataset, "train", args),
-            eval_dataset=None if eval_dataset is None else self._prepared_eval(eval_dataset, args),
+            train_dataset=None if train_dataset is None else self.prepared(train_dataset, "train"),
+            eval_dataset=None if eval_dataset is None else self.prepared.sets(eval_dataset),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -167,7 +158,12 @@ class QLoRADPOTrainer(Trainer):
             )
         self.data_collator.max_tokens = args.max_tokens_per_forward
         self.given = "ref_logps" in (getattr(self.train_dataset, "column_names", None) or [])  # instead of a reference
+        handler = self.callback_handler
+        handler.callbacks = [with_preferences(callback) for callback in handler.callbacks]
         self.add_callback(WatchPreferences())
+        if args.sample_generations:
+            every, tokens = args.sample_generations_every, args.sample_max_new_tokens
+            self.add_callback(SampleGenerations(self, args.sample_generations, every, tokens))
         if isinstance(reference, AverageReference):
             self._sync = SyncReference(reference, args.ref_model_sync_steps)
             self.add_callback(self._sync)
@@ -177,29 +173,6 @@ class QLoRADPOTrainer(Trainer):
         self.model.get_base_model().add_model_tags(self._tag_names)
 
     # ---- data ----------------------------------------------------------------------------------------------------
-
-    def _prepared(self, dataset: Any, name: str, args: QLoRADPOConfig) -> Any:
-        """The data set tokenised, its report shown."""
-        if not isinstance(dataset, (Dataset, IterableDataset)):
-            raise TypeError(
-                f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list."
-            )
-        with args.main_process_first(desc="tokenising"):
-            prepared, report = prepare_dataset(dataset, name=name, **self._options)
-        columns = value_columns(prepared.column_names or [])
-        check_columns(args.objective, columns, args.label_smoothing)
-        if "ref_logps" in columns:
-            require_no_other(self.step.reference, args.reference)
-        if report is not None:
-            self.data_reports[name] = report
-            if args.process_index == 0:
-                show(report)
-        return prepared
-
-    def _prepared_eval(self, dataset: Any, args: QLoRADPOConfig) -> Any:
-        if isinstance(dataset, Mapping):
-            return {name: self._prepared(one, name, args) for name, one in dataset.items()}
-        return self._prepared(dataset, "eval", args)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s, with fillers instead of repeated groups where several processes train."""
@@ -411,17 +384,19 @@ class QLoRADPOTrainer(Trainer):
             Metrics by key; `eval_<name>_...` for named sets.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared_eval(eval_dataset, self.args)
+            eval_dataset = self.prepared.sets(eval_dataset)
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("`eval_dataset` must be given to evaluate, got None. Pass it here or to the trainer.")
         self._prove()
         if self.train_dataset is None:
             warn_of_itself(self.reference)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        start, last_log = time.perf_counter(), self._last_log
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._last_log = last_log + time.perf_counter() - start  # not training time
+        return metrics
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with metrics from the rows of the pair table instead of means of batch means."""
-        start = time.perf_counter()
         self._records = PairRecords()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.last_pairs = records = self._records.gathered()
@@ -439,7 +414,6 @@ class QLoRADPOTrainer(Trainer):
             metrics |= self.compute_metrics(prediction)
         first = f"{metric_key_prefix}_"
         named = {key if key.startswith(first) else first + key: value for key, value in metrics.items()}
-        self._last_log += time.perf_counter() - start  # not training time
         return output._replace(
             predictions=prediction.predictions,
             label_ids=prediction.label_ids,
@@ -449,7 +423,7 @@ class QLoRADPOTrainer(Trainer):
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """As `Trainer.predict`: `predictions` are `(T,)` chosen and `(T,)` rejected rewards, `label_ids` the rows."""
-        prepared = self._prepared(test_dataset, metric_key_prefix, self.args)
+        prepared = self.prepared(test_dataset, metric_key_prefix)
         self._prove()
         return super().predict(prepared, ignore_keys, metric_key_prefix)
 

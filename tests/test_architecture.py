@@ -11,13 +11,14 @@ PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
     {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters"},
-    {"measures", "rewardbench", "world"},
+    {"measures", "progress", "rewardbench", "world"},
     {"objective", "layouts", "attention", "data", "sampling"},
     {"config"},
     {"model", "forward"},
     {"reference"},
     {"record", "arguments", "proof", "precomputed", "step", "callbacks"},
-    {"evaluation", "trainer"},
+    {"evaluation", "generations"},
+    {"trainer"},
     {"demo", "judge", "score", "report"},
     {"cli"},
     {"__main__", "__init__"},
@@ -69,5 +70,5 @@ def test_evaluate_modules_are_never_imported():
 
 
 def test_importing_the_package_needs_no_extra():
-    blocked = "import sys; sys.modules['trl'] = None; sys.modules['matplotlib'] = None; import qlora_dpo, qlora_dpo.cli"
+    blocked = "import sys; sys.modules['trl'] = None; sys.modules['resvg_py'] = None; import qlora_dpo, qlora_dpo.cli"
     assert subprocess.run([sys.executable, "-c", blocked], check=False).returncode == 0
