@@ -43,6 +43,7 @@ from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.generations import SampleGenerations
 from qlora_dpo.layouts import Group, GroupCollator
+from qlora_dpo.memory import GIB, peak_memory
 from qlora_dpo.metrics import RunningSums, preference_metrics, summarize
 from qlora_dpo.model import keep_one_arithmetic, load_trained
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
@@ -359,6 +360,7 @@ class QLoRADPOTrainer(Trainer):
         seconds, self._last_log = now - self._last_log, now
         moved = {"reference/rank_error": self._sync.error} if self.args.sync_ref_model else {}
         speed = {"tokens_per_second": unique_tokens / seconds, "pairs_per_second": pairs / seconds}
+        speed["peak_memory_gib"] = peak_memory(self.args.device) / GIB
         counts = {"num_tokens": self.state.num_input_tokens_seen, "num_unique_tokens": unique_tokens}
         return summarize(sums, pairs) | moved | counts | speed
 

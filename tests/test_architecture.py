@@ -10,8 +10,9 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters"},
+    {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "memory"},
     {"measures", "progress", "rewardbench", "world"},
+    {"charts"},
     {"objective", "layouts", "attention", "data", "sampling"},
     {"config"},
     {"model", "forward"},

@@ -138,7 +138,7 @@ def test_a_whole_run_has_every_section(run):
         "Rewards",
         "Log-probabilities, nats",
         "KL from the reference, nats per token",
-        "Margin",
+        "Margins",
         "Reliability",
         "Length",
         "Subset",
@@ -174,7 +174,7 @@ def test_evaluation_sets_are_told_apart_and_the_auxiliary_loss_is_none(run):
 
 def test_equal_margins_are_a_line_and_others_shares_that_sum_to_one(run):
     page = page_of(run)
-    figure = re.findall(r"<figure><h3>Margin</h3>.*?</figure>", page, re.DOTALL)[1]
+    figure = chart(page, "Margins")
     assert "before: all 60 at 0" in figure
     assert "after, 60 pairs" in figure
     svg = ElementTree.fromstring(re.search("<svg.*?</svg>", figure, re.DOTALL)[0])
@@ -207,6 +207,42 @@ def test_what_was_trained_is_told(run):
         assert text in page
     assert "12.5 s" in page
     assert re.search(r"torch: \d+\.\d+", page)
+
+
+def test_speed_and_memory_are_those_of_the_last_log_lines(run):
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert "speed and memory" not in page_of(run)
+    numbers = {"pairs_per_second": 2.5, "tokens_per_second": 1234.5, "peak_memory_gib": 3.25}
+    state["log_history"] += [{"step": 99, "pairs_per_second": 1.0}, {"step": 100, **numbers}, {"step": 101}]
+    save(run / "trainer_state.json", state)
+    assert "2.5 pairs a second, 1.23e+03 unique tokens a second, 3.25 GiB at most" in page_of(run)
+
+
+def test_the_last_answers_stand_side_by_side(run):
+    answers = {"policy": {"greedy": "new <b>", "sampled": "new 2"}, "reference": {"greedy": "old", "sampled": "old 2"}}
+    lines = [{"step": 1, "prompt": "early"}, {"step": 2, "prompt": "why?", **answers}, {"step": 2, "prompt": "how?"}]
+    (run / "generations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    section = page_of(run).split("<h2>Answers</h2>")[1].split("</section>")[0]
+    assert "early" not in section
+    assert section.count("<p>step 2</p>") == 2
+    order = ["why?", "policy, greedy", "new &lt;b&gt;", "reference, greedy", "old", "policy, sampled", "new 2", "old 2"]
+    places = [section.index(text) for text in order]
+    assert places == sorted(places)
+
+
+def test_each_chart_is_a_picture_too(run):
+    page = page_of(run)
+    pictures = {path.name: path.read_bytes() for path in (run / "charts").iterdir()}
+    assert len(pictures) == page.count("<figure>") == 11
+    for picture in pictures.values():
+        assert picture.startswith(b"\x89PNG")
+        assert int.from_bytes(picture[16:20], "big") == 3 * 360
+
+
+def test_without_the_library_for_pictures_the_page_says_how_to_get_them(run, monkeypatch):
+    monkeypatch.setattr("qlora_dpo.report.find_spec", lambda name: None)
+    assert "pip install &#x27;qlora-dpo[report]&#x27;" in page_of(run)
+    assert not (run / "charts").exists()
 
 
 def test_a_state_alone_makes_a_page_that_says_what_is_missing(tmp_path):
