@@ -26,8 +26,8 @@ Args:
         policy the implicit reward beta (log pi - log pi_ref).
     rejected_rewards: list of T floats, the reward of each pair's rejected completion.
     label_probs: list of T floats in [0, 1], the probability that the chosen completion is the better one, in the order
-        the pairs were added; given to `compute` only. None for 1.
-    bins: int, the number of bins of equal width over confidences of [0.5, 1]; given to `compute` only.
+        the pairs were added; given to `compute` only, and not passed on by `evaluate.combine`. None for 1.
+    bins: int, the number of bins of equal width over confidences of [0.5, 1]; likewise.
 Returns:
     expected_calibration_error: float, the mean over pairs of |mean confidence - mean outcome| of their bin.
     brier_score: float, the mean of (confidence - outcome)^2.
