@@ -22,6 +22,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, sequences
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
+from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.model import load_policy, load_tokenizer
 from qlora_dpo.preferences import PAIR_VALUES, Preference, parse_row
 from qlora_dpo.proof import extreme_groups, prove_model
@@ -102,6 +103,7 @@ def load_scorer(adapter: str, reference: str | None = None, **model_kwargs: Any)
     )
     policy.eval()
     install_scoring(policy.get_base_model())
+    use_fast_lora(policy)
     others = {name: value for name, value in model_kwargs.items() if name != "revision"}  # which is the base's
     made = make_reference(asked, policy, in_4bit=quantization is not None, model_kwargs=others)
     warn_of_reference(record, made)

@@ -43,6 +43,7 @@ from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.generations import SampleGenerations
 from qlora_dpo.layouts import Group, GroupCollator
+from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.memory import GIB, peak_memory
 from qlora_dpo.metrics import RunningSums, preference_metrics, summarize
 from qlora_dpo.model import keep_one_arithmetic, load_trained
@@ -121,6 +122,7 @@ class QLoRADPOTrainer(Trainer):
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             policy.enable_input_require_grads()  # the reentrant kind sees no gradient behind frozen embeddings
         install_scoring(policy.get_base_model())
+        use_fast_lora(policy)
         reference = reference_from(policy, ref_model, args)
         if train_dataset is not None:
             require_trainable(policy)
