@@ -1,0 +1,278 @@
+"""What a training holds in memory, counted in bytes by part from a model's sizes and the options alone.
+
+There is what is held all the time, and for each phase of a step the tensors that are alive at its fullest moment. Each
+count follows the code that makes the tensors (`logps`, `lora`, `attention`, transformers' layers) and says so.
+
+Legend: T unique tokens of a forward, N scored tokens, h hidden size, q all query heads of a token, I intermediate size,
+V vocabulary, L layers, c bytes of a number in the compute dtype.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from qlora_dpo.logps import chunk_length
+from qlora_dpo.shapes import Shape
+
+FP32 = 4
+
+DEVICE_CONTEXT = 2**30
+"""Bytes that a process takes on a GPU beside its tensors: CUDA's context and kernels, workspaces of cuBLAS, and what
+the caching allocator rounds up. An assumption, not a measurement: `device_context_bytes` takes your own."""
+
+GATHERED = 2
+"""Copies of the row's keys and values, as wide as the queries, that attention keeps beside the rotated queries.
+
+They are repeated to the query heads, and gathered by segment (a completion's own behind its prompt's). The second copy
+is as long as the prompt and all completions but the first; it is taken as the whole row. What is left covers the masks
+that SDPA keeps on a CPU for segments with a prefix, up to a few thousand tokens. Flash kernels keep no masks, so this
+is linear in T; attention with soft-capped scores (Gemma 2) is so only by FlexAttention, not on a CPU.
+"""
+
+OPTIMIZERS = {
+    "adamw_torch": 32,
+    "adamw_torch_fused": 32,
+    "paged_adamw": 32,
+    "paged_adamw_32bit": 32,
+    "adamw_8bit": 8,
+    "adamw_bnb_8bit": 8,
+    "paged_adamw_8bit": 8,
+}
+"""Bits of each of Adam's two moments, by the names that `optim` has in transformers."""
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What decides the memory of a training beside the model; `plan_memory` says what each is."""
+
+    tokens: int = 2048
+    scored_tokens: int | None = None
+    lora_r: int = 16
+    gradient_checkpointing: bool = True
+    keep_layers: int = 0
+    quantize: bool = True
+    double_quant: bool = True
+    compute_dtype: str = "bfloat16"
+    optim: str = "adamw_torch_fused"
+    activation_offloading: bool = False
+    quantize_head: bool = False
+    embeddings_on_cpu: bool = False
+    cached_reference: bool = False
+    logps_chunk_size: int | None = None
+    device_context_bytes: int = DEVICE_CONTEXT
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "scored_tokens", "lora_r", "logps_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {value}. Leave it out for its default.")
+        for name in ("keep_layers", "device_context_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"`{name}` must be 0 or more, got {getattr(self, name)}. Leave it out for its default."
+                )
+        if self.compute_dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(
+                f"`compute_dtype` must be bfloat16, float16 or float32, got {self.compute_dtype}. Use bfloat16."
+            )
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError(
+                "`activation_offloading` must be False without `gradient_checkpointing`, whose layer inputs it moves, "
+                "got True. Turn that on too."
+            )
+        if self.optim not in OPTIMIZERS:
+            raise ValueError(f"`optim` must be one of {sorted(OPTIMIZERS)}, got {self.optim}. Use adamw_torch_fused.")
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the compute dtype, which unquantised weights have too."""
+        return int(getattr(torch, self.compute_dtype).itemsize)
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens; at most all of them are."""
+        return min(self.scored_tokens or self.tokens, self.tokens)
+
+
+# ---- what is held all the time ---------------------------------------------------------------------------------------
+
+
+def held(shape: Shape, options: MemoryOptions) -> dict[str, int]:
+    """Bytes that are there in every phase, by part."""
+    in_4bit = shape.linears if options.quantize else ()
+    wide = shape.other + (0 if options.quantize else sum(i * o for i, o in shape.linears))
+    if options.quantize_head:
+        in_4bit = (*in_4bit, (shape.hidden, shape.vocabulary))
+    adapters = FP32 * sum(_adapter_sizes(shape, options.lora_r))
+    parts = {
+        "4-bit weights": sum(math.ceil(i * o / 2) for i, o in in_4bit),
+        "quantisation constants": sum(_constants(i * o, options.double_quant) for i, o in in_4bit),
+        "embeddings": 0 if options.embeddings_on_cpu else shape.embeddings * options.width,
+        "LM head": 0 if options.quantize_head else shape.head * options.width,
+        "other weights": wide * options.width,
+        "adapters": adapters,
+        "gradients": adapters,  # there from the second micro-batch of a step on, whole
+        "optimizer state": _optimizer_state(shape, options),
+        "device context": options.device_context_bytes,
+    }
+    return {name: size for name, size in parts.items() if size}
+
+
+def _constants(weights: int, double: bool) -> int:
+    """A number per block of 64 weights; doubly quantised 8 bits of it, with a number per 256 of them and an offset."""
+    blocks = math.ceil(weights / 64)
+    code = 16 * FP32
+    return code + (blocks + FP32 * math.ceil(blocks / 256) + FP32 if double else FP32 * blocks)
+
+
+def _adapter_sizes(shape: Shape, rank: int) -> list[int]:
+    """Elements of each A `(r, inputs)` and B `(outputs, r)`."""
+    return [rank * size for linear in shape.linears for size in linear]
+
+
+def _optimizer_state(shape: Shape, options: MemoryOptions) -> int:
+    """Two moments; in 8 bit with an fp32 number per 256, but for tensors below 4,096 elements, which stay in fp32."""
+    sizes = _adapter_sizes(shape, options.lora_r)
+    if OPTIMIZERS[options.optim] == 32:
+        return sum(2 * FP32 * n for n in sizes)
+    return sum(2 * FP32 * n if n < 4096 else 2 * (n + FP32 * math.ceil(n / 256)) for n in sizes)
+
+
+# ---- what a phase holds on top ---------------------------------------------------------------------------------------
+
+
+def _layer_saved(shape: Shape, options: MemoryOptions) -> int:
+    """Bytes that one layer keeps for its backward pass, beside its input: the working set of a recomputed layer.
+
+    For each token: the outputs of the norms that feed linear layers (2 h); rotated queries, keys and values repeated to
+    the query heads and gathered by segment, the output before and after it is made contiguous (q each); the MLP (gate,
+    its activation, up, their product: `expanded` + I, and I more where it is gated); the projections of rank r. A norm
+    keeps its input, in fp32 whatever the compute dtype: in fp32 the first norm's is the layer's own input.
+    """
+    c, gated = options.width, shape.expanded > shape.intermediate
+    numbers = 2 * shape.hidden + (1 + 2 * GATHERED + 2) * shape.query
+    numbers += shape.expanded + shape.intermediate * (1 + gated)
+    numbers += options.lora_r * len(shape.layer_linears)
+    own_inputs = shape.hidden_norms - (c == FP32)
+    norms = own_inputs * shape.hidden + shape.head_norms * (shape.query + shape.key_value)
+    factors = sum(options.lora_r * (i + o) for i, o in shape.layer_linears) if c < FP32 else 0  # autocast's copies
+    if not options.quantize and c < FP32:  # PEFT's own layer: autocast narrows the input of each adapter anew
+        numbers += sum(i for i, _ in shape.layer_linears)
+    return options.tokens * (numbers * c + norms * FP32) + factors * c
+
+
+def _kept(shape: Shape, options: MemoryOptions) -> dict[str, int]:
+    """Activations that a forward leaves for its backward pass."""
+    state = options.tokens * shape.hidden * options.width
+    positions = 2 * options.tokens * shape.head_dim * options.width  # cosines and sines, shared by all layers
+    layers = min(options.keep_layers, shape.layers) if options.gradient_checkpointing else shape.layers
+    states = shape.layers if options.width == FP32 else shape.layers - layers  # norms of kept ones hold fp32 copies
+    if options.activation_offloading:
+        states = min(2, states)  # one at work, one on its way
+    return {
+        "layer inputs": states * state + positions,
+        "kept layers": layers * _layer_saved(shape, options),
+    }
+
+
+def _largest_weight(shape: Shape, options: MemoryOptions) -> int:
+    """The 4-bit matrix that is dequantised for a product, if any is."""
+    return shape.largest_linear * options.width if options.quantize else 0
+
+
+def _reference_layer(shape: Shape, options: MemoryOptions) -> dict[str, int]:
+    """The reference in its last layers, without graph: the residual stream, its norm, and the MLP.
+
+    Either activation, up and product are there (one less without a gate), or what goes into a linear layer, what comes
+    out of it and its dequantised weight.
+    """
+    c, t = options.width, options.tokens
+    inner = t * shape.intermediate * c
+    gated = shape.expanded > shape.intermediate
+    weight = _largest_weight(shape, options)
+    return {
+        "hidden states": 2 * t * shape.hidden * c,
+        "MLP": max((2 + gated) * inner, (1 + gated) * inner + weight),
+    }
+
+
+def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]:
+    """The LM head: last hidden states, those at scored positions, their unit gradient, and tiles of logits."""
+    c, chunk = options.width, min(chunk_length(shape.vocabulary, options.logps_chunk_size), options.scored)
+    states = options.tokens * shape.hidden * c
+    rows = options.scored * shape.hidden * c
+    before_norm = options.tokens * shape.hidden * FP32 if trained else 0  # which its backward pass needs, in fp32
+    parts = {"last hidden states": states + before_norm, "scored hidden states": rows}
+    if not options.quantize_head:
+        product = chunk * shape.hidden * c
+        parts["unit gradient"] = (rows + product) * trained
+        parts["logit tiles"] = shape.vocabulary * _tile_bytes(shape, options, chunk, trained)
+        return parts
+    # A head that is called tile by tile and recomputed in the backward pass: three fp32 tiles and one in the compute
+    # dtype (logits, log-softmax and its gradient), and the whole head dequantised for the product.
+    parts["logit tiles"] = shape.vocabulary * chunk * (3 * FP32 + (c if c < FP32 else 0))
+    parts["dequantised head"] = shape.vocabulary * shape.hidden * c
+    return parts
+
+
+def _tile_bytes(shape: Shape, options: MemoryOptions, chunk: int, trained: bool) -> int:
+    """Bytes per vocabulary entry of all tiles at the fullest moment of `logps._FrozenHead`.
+
+    In the first tile these are the head's output if it is not the logits themselves, the logits, and two more: the
+    logits less their maximum and the exponentials of that; or, for the unit gradient, the probabilities and their
+    product with `lift` (below fp32 with a narrow copy); or, where logits are soft-capped, two on the way to the
+    derivative beside the probabilities. In a later tile the probabilities of the one before are there too; where logits
+    are capped, its logits as well while new ones are made.
+    """
+    narrow = options.width if options.width < FP32 else 0
+    raw = narrow or FP32 * shape.softcap
+    second = min(chunk, options.scored - chunk)
+    first = raw + 3 * FP32
+    if trained:
+        first = raw + 4 * FP32 if shape.softcap else raw + 3 * FP32 + narrow
+    old, new = (2 * FP32, narrow + 3 * FP32) if shape.softcap else (FP32, raw + 3 * FP32)
+    return max(first * chunk, old * chunk + new * second if second > 0 else 0)
+
+
+def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:
+    """The backward pass of the last layer, when all layer inputs are still there.
+
+    On top of its working set there is the gradient of its output, and at the fullest of three moments:
+
+    - in the MLP, the gradients of the product (which is gone), of activation and of up; without a gate, of one less;
+    - in the MLP's last matrix, the gradient of the product and the dequantised weight;
+    - where a norm follows the MLP (Gemma), its four gradients in fp32.
+    """
+    t = options.tokens
+    inner = t * shape.intermediate * options.width
+    gated = shape.expanded > shape.intermediate
+    everything = not options.gradient_checkpointing or options.keep_layers >= shape.layers
+    moments = [
+        {"gradients of activations": inner * (1 + gated)},
+        {"gradients of activations": inner, "dequantised weight": _largest_weight(shape, options)},
+        {"gradients of activations": 4 * FP32 * t * shape.hidden * (shape.hidden_norms > 2)},
+    ]
+    return {
+        **_kept(shape, options),
+        "recomputed layer": 0 if everything else _layer_saved(shape, options),
+        "gradient of its output": t * shape.hidden * options.width,
+        **max(moments, key=_total),
+    }
+
+
+def _total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
+def phases(shape: Shape, options: MemoryOptions) -> dict[str, dict[str, int]]:
+    """What each phase of a step holds at its fullest, by part, in the order of the step."""
+    reference = max(_reference_layer(shape, options), _head(shape, options, trained=False), key=_total)
+    copies = FP32 * sum(_adapter_sizes(shape, options.lora_r)) if options.optim == "adamw_torch" else 0
+    found = {
+        "reference": {} if options.cached_reference else reference,
+        "policy and head": _kept(shape, options) | _head(shape, options, trained=True),
+        "backward": _backward(shape, options),
+        "optimizer": {"square roots of all moments": copies},
+    }
+    return {phase: {name: size for name, size in parts.items() if size} for phase, parts in found.items()}

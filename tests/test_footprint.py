@@ -1,0 +1,201 @@
+"""Memory foretold against memory measured, byte for byte, on the library's own step."""
+
+import itertools
+
+import pytest
+import torch
+import transformers
+from allocations import bytes_of, peak_of
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy, plan_memory
+from qlora_dpo.layouts import Group, make_batch
+from qlora_dpo.logps import LogitRule, frozen_head_token_scores
+from qlora_dpo.model import checkpoint_activations
+
+from tiny_chat import CHAT_ROWS, build_chat_tokenizer
+
+MODELS = {
+    "llama-41m": transformers.LlamaConfig(
+        vocab_size=16384,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    ),
+    "qwen2-87m": transformers.Qwen2Config(
+        vocab_size=32000,
+        hidden_size=640,
+        intermediate_size=2560,
+        num_hidden_layers=10,
+        num_attention_heads=10,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+}
+
+_SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**_SMALL),
+    "qwen3": transformers.Qwen3Config(**_SMALL, head_dim=128),
+    "gemma2": transformers.Gemma2Config(**_SMALL, head_dim=64, attn_logit_softcapping=None),
+    "gemma3": transformers.Gemma3TextConfig(**_SMALL, head_dim=64),
+    "phi3": transformers.Phi3Config(**_SMALL),
+}
+
+
+def trainer_of(config, folder, dtype=torch.float32):
+    """A trainer of a random model on a 4-bit base, optimizer state and gradients in place as after a step."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    policy = load_policy(
+        str(folder),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        quantization_config=BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype),
+        dtype=dtype,
+    )
+    bf16 = dtype is torch.bfloat16
+    args = QLoRADPOConfig(output_dir=str(folder), bf16=bf16, use_cpu=True, report_to=[], disable_tqdm=True)
+    rows, tokenizer = Dataset.from_list(CHAT_ROWS), build_chat_tokenizer()
+    trainer = QLoRADPOTrainer(policy, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)  # computes in bf16 where asked to
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    trainer.create_optimizer().step()
+    return trainer
+
+
+def batch_of(tokens, vocabulary):
+    """A pair in the tree layout: half of the tokens a prompt, a quarter each completion."""
+    generator = torch.Generator().manual_seed(0)
+    prompt, chosen = tokens // 2, tokens // 4 + 1  # the last token of a completion is not placed
+    lengths = prompt, chosen, tokens - prompt - (chosen - 1) + 1
+    ids = [torch.randint(10, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    batch = make_batch([Group(ids[0], ids[1:], [(0, 1)])], "tree")
+    assert batch["num_unique_tokens"] == tokens
+    return batch
+
+
+def held_by(trainer):
+    """Bytes of the loaded model, its adapters, their gradients and the optimizer's state."""
+    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    tensors += [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+    tensors += [value for state in trainer.optimizer.state.values() for value in state.values()]
+    for module in trainer.model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return bytes_of(tensors)
+
+
+def step_peak(trainer, tokens, checkpointing, chunk):
+    """Bytes at the peak of a training step above what is held."""
+    if checkpointing:
+        checkpoint_activations(trainer.model)
+    else:
+        trainer.model.get_base_model().gradient_checkpointing_disable()
+    trainer.step.chunk_size = trainer.reference.chunk_size = chunk
+    batch = batch_of(tokens, trainer.model.config.vocab_size)
+    return peak_of(lambda: trainer.training_step(trainer.model_wrapped, {"pieces": [batch]}, 1)).bytes
+
+
+def foretold(config, tokens, **options):
+    scored = tokens - tokens // 2 + 2
+    return plan_memory(config, tokens=tokens, scored_tokens=scored, device_context_bytes=0, **options)
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    """A trainer of each model, made when it is first asked for."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = trainer_of(MODELS[name], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+CELLS = [
+    pytest.param(*cell, marks=[pytest.mark.slow] if cell[1] > 512 else [])
+    for cell in itertools.product(MODELS, (512, 1024, 2048), (True, False), (None, 16))
+]
+
+
+@pytest.mark.parametrize(("name", "tokens", "checkpointing", "chunk"), CELLS)
+def test_the_foretold_peak_of_a_step_is_the_measured_one(trainers, name, tokens, checkpointing, chunk):
+    """With a chunk of 16 the tiles of logits are small, so that the layers decide."""
+    trainer = trainers(name)
+    options = {"gradient_checkpointing": checkpointing, "logps_chunk_size": chunk, "compute_dtype": "float32"}
+    plan = foretold(MODELS[name], tokens, **options)
+    held, step = held_by(trainer), step_peak(trainer, tokens, checkpointing, chunk)
+    above = plan.peak_bytes - sum(plan.held.values())
+    mib = [size / 2**20 for size in (above, step, plan.peak_bytes, held + step)]
+    print(
+        f"CELL {name} {tokens} checkpointing={checkpointing} chunk={chunk} {plan.peak_phase}: foretold/measured above"
+    )
+    print(f"CELL   the model {mib[0]:.1f}/{mib[1]:.1f} {above / step - 1:+.1%} MiB, in all {mib[2]:.1f}/{mib[3]:.1f}")
+    assert above == pytest.approx(step, rel=0.1)
+    assert plan.peak_bytes == pytest.approx(held + step, rel=0.1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_held_is_foretold_to_a_thousandth(trainers, name):
+    plan = foretold(MODELS[name], 512, compute_dtype="float32")
+    assert sum(plan.held.values()) == pytest.approx(held_by(trainers(name)), rel=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_the_reference_pass_alone_is_foretold(trainers, chunk):
+    trainer = trainers("llama-41m")
+    trainer.reference.chunk_size = chunk
+    batch = batch_of(512, trainer.model.config.vocab_size)
+    measured = peak_of(lambda: trainer.step.compared(trainer.model_wrapped, batch)).bytes
+    plan = foretold(MODELS["llama-41m"], 512, compute_dtype="float32", logps_chunk_size=chunk)
+    assert sum(plan.phases["reference"].values()) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_and_bf16_are_foretold(family, tmp_path):
+    """Norms of heads, norms behind the MLP, fused matrices, soft-capped logits; and fp32 copies beside bf16."""
+    trainer = trainer_of(FAMILIES[family], tmp_path, torch.bfloat16)
+    for checkpointing, chunk in itertools.product((True, False), (None, 16)):
+        plan = foretold(FAMILIES[family], 512, gradient_checkpointing=checkpointing, logps_chunk_size=chunk)
+        above = plan.peak_bytes - sum(plan.held.values())
+        step = step_peak(trainer, 512, checkpointing, chunk)
+        print(f"CELL {family} bf16 checkpointing={checkpointing} chunk={chunk} {above / step - 1:+.1%}")
+        assert above == pytest.approx(step, rel=0.1)
+    assert sum(plan.held.values()) == pytest.approx(held_by(trainer), rel=5e-3)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scored", [100, 300, 512])
+def test_tiles_of_logits_are_counted(softcap, dtype, scored):
+    """One tile, one and a part, two: 256 positions each."""
+    hidden, vocabulary = 64, 8192
+    head = torch.nn.Linear(hidden, vocabulary, bias=False, dtype=dtype).requires_grad_(False)
+    rows, targets = torch.randn(scored, hidden, dtype=dtype).requires_grad_(), torch.zeros(scored, dtype=torch.long)
+    names = ("entropy", "mean_logits", "is_top1")
+    rule = LogitRule(softcap=softcap)
+    measured = peak_of(lambda: frozen_head_token_scores(rows, head, targets, rule, 256, names)).bytes
+    config = transformers.Gemma2Config(
+        **(_SMALL | {"hidden_size": hidden, "num_attention_heads": 4}), final_logit_softcapping=softcap or None
+    )
+    options = {"scored_tokens": scored, "logps_chunk_size": 256, "compute_dtype": str(dtype).removeprefix("torch.")}
+    parts = plan_memory(config, tokens=600, **options).phases["policy and head"]
+    assert parts["logit tiles"] + parts["unit gradient"] == pytest.approx(measured, rel=0.03)
