@@ -290,12 +290,17 @@ class GroupCollator:
     max_tokens: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """`pieces`: the batches of some tokenised rows, whole groups within `max_tokens` where a group fits."""
-        runs = [[group_of(row) for row in rows]]
+        """What `place` makes of some tokenised rows."""
+        return self.place([group_of(row) for row in rows])
+
+    def place(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """A micro-batch: `pieces`, batches within `max_tokens` where a group fits; what they were made of and by."""
         limit = self.max_tokens
+        runs = [list(groups)]
         if limit is not None:
-            runs = _fill(runs[0], lambda run: positions(run, self.layout) <= limit)
-        return {"pieces": [make_batch(run, self.layout, self.pad_token_id, limit) for run in runs]}
+            runs = _fill(groups, lambda run: positions(run, self.layout) <= limit)
+        pieces = [make_batch(run, self.layout, self.pad_token_id, limit) for run in runs]
+        return {"pieces": pieces, "groups": list(groups), "max_tokens": limit}
 
 
 def group_of(row: dict[str, Any]) -> Group:
