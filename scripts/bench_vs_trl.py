@@ -7,7 +7,7 @@ TRL gets the pairs of a group unrolled, all of them in one batch. Runs alternate
 one step to warm up, which is not timed.
 
 - TRL turns the adapters of a 4-bit model into bf16. The compared runs give it back the fp32 weights that ours starts
-  with, so that losses can be compared; one more run for each setting leaves TRL as it is.
+  with, so that losses can be compared; `--as_is_repeats` more runs for each setting leave TRL as its users run it.
 - A step is timed from the end of the one before to its own end, so fetching its batch and writing a log line count;
   every step is logged. The time between its own beginning and end is kept beside that in the JSON.
 - Memory is the peak while training above what the loaded model takes: allocated on a GPU, resident on a CPU (Linux).
@@ -379,14 +379,12 @@ def run_in_process(side: str, work: Work) -> dict[str, Any]:
         return json.loads(result.read_text())
 
 
-def all_runs(works: Sequence[Work], sides: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Every run: for each setting the sides in turn, `repeats` times, then TRL once as it is."""
+def all_runs(works: Sequence[Work], sides: Sequence[str], repeats: int, as_is: int) -> list[dict[str, Any]]:
+    """Every run: for each setting the sides in turn, `repeats` times, with TRL as it is in the first `as_is` rounds."""
     runs = []
     for work in works:
-        order = [(side, repeat) for repeat in range(repeats) for side in sides]
-        if TRL in sides:
-            order.append((TRL_AS_IS, 0))
-        for side, repeat in order:
+        rounds = [[*sides, TRL_AS_IS] if TRL in sides and repeat < as_is else sides for repeat in range(repeats)]
+        for repeat, side in ((repeat, side) for repeat, members in enumerate(rounds) for side in members):
             found = run_in_process(side, work)
             runs.append({"side": side, "checkpointing": work.checkpointing, "repeat": repeat} | found)
             said = f"{found['seconds_per_step']:.2f} s a step" if "error" not in found else found["error"]
@@ -458,7 +456,7 @@ def summary(runs: Sequence[dict[str, Any]], checkpointing: bool) -> dict[str, An
         TRL: lambda name: spread(values(trl, name)),
         "ours/trl": lambda name: ratios(ours, trl, name),
         TRL_AS_IS: lambda name: spread(values(as_is, name)),
-        "ours/trl_as_is": lambda name: ratios(ours[-1:], as_is, name),
+        "ours/trl_as_is": lambda name: ratios(ours, as_is, name),
     }
     return {
         "checkpointing": checkpointing,
@@ -572,6 +570,7 @@ def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", help="JSON file with all numbers")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of a side in a setting")
+    parser.add_argument("--as_is_repeats", type=int, default=1, help="rounds in which TRL is also run as it is")
     parser.add_argument("--batch_size", type=int, help="rows in a step: pairs (default 4) or groups (default 1)")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
@@ -605,7 +604,7 @@ def main(words: Sequence[str] | None = None) -> int:
     works = [Work(checkpointing=setting, **shared, **fields) for setting in settings]
     print(described(counts, works[0]), file=sys.stderr)
     sides = [OURS] * (not args.baseline_only) + [TRL] * (not args.ours_only)
-    runs = all_runs(works, sides, args.repeats)
+    runs = all_runs(works, sides, args.repeats, args.as_is_repeats)
     found = [summary(runs, setting) for setting in settings]
     about = surroundings() | {"data": args.data, "rows": counts, "work": options_of(works[0])}
     if args.output:
