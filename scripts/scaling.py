@@ -119,9 +119,7 @@ def main() -> None:
         print(f"{name:>12}  seconds")
         for x, y in curve["points"]:
             print(f"{x:12,.0f}  {y:.3f}")
-        print(
-            f"  {1000 * curve['seconds_per_unit']:.3f} ms each; the last point is {curve['curvature']:+.1%} off the line"
-        )
+        print(f"  {1000 * curve['seconds_per_unit']:.3f} ms each; the last is {curve['curvature']:+.1%} off the line")
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
         print(f"written to {args.output}", file=sys.stderr)
