@@ -13,7 +13,7 @@ LAYERS = [
     {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "memory"},
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},
-    {"objective", "layouts", "attention", "data", "sampling"},
+    {"objective", "layouts", "plan", "kernels", "attention", "data", "sampling"},
     {"config"},
     {"model", "forward"},
     {"reference"},
