@@ -197,7 +197,7 @@ def by_flex(query: Tensor, key: Tensor, value: Tensor, plan: Plan, recipe: Recip
 
     A sink adds e^sink to the softmax's denominator e^lse: its output is that without the sink times s(lse - sink).
     """
-    output, aux = _flex(query.device.type)(
+    found = _flex(query.device.type)(
         query,
         key,
         value,
@@ -205,11 +205,12 @@ def by_flex(query: Tensor, key: Tensor, value: Tensor, plan: Plan, recipe: Recip
         block_mask=plan.block_mask(recipe.window, query.device),
         scale=recipe.scale,
         enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=AuxRequest(lse=recipe.sinks is not None),
+        return_aux=None if recipe.sinks is None else AuxRequest(lse=True),
     )
     if recipe.sinks is not None:
-        output = output * torch.sigmoid(aux.lse - recipe.sinks[None, :, None])[..., None].to(output.dtype)
-    return output.transpose(1, 2).contiguous()
+        output, aux = found
+        found = output * torch.sigmoid(aux.lse - recipe.sinks[None, :, None])[..., None].to(output.dtype)
+    return found.transpose(1, 2).contiguous()
 
 
 @functools.cache
@@ -217,12 +218,28 @@ def _flex(device_type: str) -> Callable[..., Any]:
     """FlexAttention, compiled where it is a kernel; as it is on a CPU, for tests of its values."""
     if device_type == "cpu":
         return flex_attention
-    return torch.compile(flex_attention)
+    return _compiled(flex_attention, "inductor")
+
+
+def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    """A function compiled as often as its arguments ask for.
+
+    Beyond 8 kinds of arguments Dynamo would run it uncompiled, and FlexAttention would then hold all scores. A model
+    needs few kinds: rows of one block or more, with gradient or without, and each of its head sizes.
+    """
+    run = torch.compile(function, backend=backend)
+
+    @functools.wraps(function)
+    def compiled(*args: Any, **named: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return run(*args, **named)
+
+    return compiled
 
 
 @functools.cache
 def _capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
-    """FlexAttention's name for a function of scores. One object per cap, so that nothing is compiled twice."""
+    """What FlexAttention does to a score. The cap is a tensor, as numbers that a function holds may be compiled in."""
     cap = torch.tensor(softcap, device=device)
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ def _bounds(segments: Sequence[Segment], window: int | None) -> tuple[Tensor, Te
 
 def _block_mask(segments: Sequence[Segment], window: int | None, device: torch.device) -> BlockMask:
     """The mask by its bounds and by blocks; `create_block_mask` would hold `(L, L)` values on the way."""
-    own, prefix, prefix_end = (bound.to(device) for bound in _bounds(segments, window))
+    # Contiguous: compiled code cannot read columns of one table everywhere.
+    own, prefix, prefix_end = (bound.to(device, torch.int32).contiguous() for bound in _bounds(segments, window))
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return ((k >= own[q]) & (k <= q)) | ((k >= prefix[q]) & (k < prefix_end[q]))

@@ -6,6 +6,7 @@ a GPU is in test_gpu.py.
 
 import functools
 import math
+import shutil
 
 import pytest
 import torch
@@ -222,6 +223,36 @@ def test_flex_attention_equals_attention_written_out(layout, window, softcap, si
     recipe = Recipe(0.7, window, 0.0, softcap, torch.linspace(-2, 2, heads) if sinks else None)
     truth = by_segment(query.double(), key.double(), value.double(), Plan(segments), recipe)
     assert (by_flex(query, key, value, Plan(segments), recipe) - truth).abs().max() < 1e-5
+
+
+def test_flex_attention_is_compiled_for_more_kinds_of_arguments_than_dynamo_allows():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("eager")
+    double = kernels._compiled(lambda x: 2 * x, counter)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32):
+        for x in (torch.ones(3, dtype=dtype), torch.ones(3, 3, dtype=dtype)):
+            double(x)
+    assert counter.frame_count == 14
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_compiled_flex_attention_skips_no_block_it_needs(monkeypatch):
+    """Compiled for a CPU, without sinks, which that cannot do: rows of 1 to 17 blocks in turn, compiled 3 times."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("inductor")
+    compiled = kernels._compiled(kernels.flex_attention, counter)
+    monkeypatch.setattr(kernels, "_flex", lambda _: compiled)
+    for seed, scale in enumerate((60, 10, 1, 30, 40, 5)):
+        segments = make_batch(random_groups(seed, scale), "tree")["segments"]
+        query, key, value, _ = row(segments, 4, 2, 16, dtype=torch.float32)
+        for window in (None, 20):
+            recipe = Recipe(scale=0.3, window=window, softcap=5.0)
+            truth = by_segment(query, key, value, Plan(segments), recipe)
+            assert (by_flex(query, key, value, Plan(segments), recipe) - truth).abs().max() < 1e-5
+    assert counter.frame_count == 3
 
 
 def test_flex_attention_takes_rows_of_several_blocks():
