@@ -13,7 +13,7 @@ LAYERS = [
     {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "memory", "lora"},
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},
-    {"objective", "layouts", "attention", "data", "sampling", "budget"},
+    {"objective", "layouts", "segments", "kernels", "attention", "data", "sampling", "budget"},
     {"config"},
     {"model", "forward"},
     {"reference"},
