@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from qlora_dpo.attention import BACKEND, attention_backend, recompute_with_same_attention
 from qlora_dpo.logps import LogitRule, sum_by_completion, token_divergences, token_scores
+from qlora_dpo.segments import RowPlan
 
 ROUTER_LOSS = "router_aux_loss"
 """A statistic of the whole forward: the load-balancing loss of a mixture of experts, with gradient."""
@@ -34,7 +35,7 @@ def install_scoring(model: PreTrainedModel) -> None:
     """Let a causal LM's forward take `score=`, and then return log-probabilities instead of logits. Idempotent.
 
     With `score`, a dict of `predictors`, `targets`, `chunk_size`, `statistics` and perhaps `against` (hidden states of
-    another pass, through the same head, to diverge from), and with `segments` for rows that
+    another pass, through the same head, to diverge from), and with `segments`, a `RowPlan`, for rows that
     hold many sequences, the forward returns a dict of `(N,)` tensors: `token_logps` and the statistics asked for.
     """
     if hasattr(model.forward, "scores"):
@@ -124,7 +125,7 @@ def _score_part(
     if part["segments"] is None:  # right-padded rows: the model's own positions are the truth to compare with
         del kwargs["position_ids"]
     else:
-        kwargs["segments"] = part["segments"]
+        kwargs["segments"] = RowPlan(part["segments"])
     request = {"predictors": part["predictors"], "targets": part["targets"], "chunk_size": chunk_size}
     return model(**kwargs, score={**request, "statistics": tuple(statistics), "against": against})
 

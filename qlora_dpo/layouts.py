@@ -10,6 +10,7 @@ groups; what follows from a batch never depends on the layout:
 Legend: B completions, T pairs, N scored tokens (all completions' tokens), R rows of L positions.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -220,6 +221,24 @@ def _fill(items: Sequence[Any], fits: Callable[[Sequence[Any]], bool]) -> list[l
     return runs
 
 
+def even_runs(groups: Sequence[Group], layout: str, max_tokens: int) -> list[list[Group]]:
+    """Groups in few runs of similar size, each within `max_tokens` positions unless it is a single group.
+
+    The longest go first, each to the run that is shortest so far; where that leaves a run too long, one more is made.
+    Within a run groups keep their order.
+    """
+    sizes = [positions([group], layout) for group in groups]
+    longest_first = sorted(range(len(groups)), key=lambda i: -sizes[i])
+    for count in range(max(1, math.ceil(sum(sizes) / max_tokens)), len(groups) + 1):
+        runs: list[list[int]] = [[] for _ in range(count)]
+        for i in longest_first:
+            min(runs, key=lambda run: sum(sizes[j] for j in run)).append(i)
+        placed = [[groups[i] for i in sorted(run)] for run in runs if run]
+        if all(len(run) == 1 or positions(run, layout) <= max_tokens for run in placed):
+            return placed
+    return [[group] for group in groups]
+
+
 def _cut(groups: Sequence[Group], layout: str, max_tokens: int) -> list[list[Group]]:
     """Groups cut between completions, in runs of at most `max_tokens` positions where one completion fits."""
     single = [replace(group, completion_ids=[ids], pairs=[]) for group in groups for ids in group.completion_ids]
@@ -290,12 +309,17 @@ class GroupCollator:
     max_tokens: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """`pieces`: the batches of some tokenised rows, whole groups within `max_tokens` where a group fits."""
-        runs = [[group_of(row) for row in rows]]
+        """What `place` makes of some tokenised rows."""
+        return self.place([group_of(row) for row in rows])
+
+    def place(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """A micro-batch: `pieces`, batches within `max_tokens` where a group fits; what they were made of and by."""
         limit = self.max_tokens
+        runs = [list(groups)]
         if limit is not None:
-            runs = _fill(runs[0], lambda run: positions(run, self.layout) <= limit)
-        return {"pieces": [make_batch(run, self.layout, self.pad_token_id, limit) for run in runs]}
+            runs = even_runs(groups, self.layout, limit)
+        pieces = [make_batch(run, self.layout, self.pad_token_id, limit) for run in runs]
+        return {"pieces": pieces, "groups": list(groups), "max_tokens": limit}
 
 
 def group_of(row: dict[str, Any]) -> Group:

@@ -1,8 +1,6 @@
 """`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
 
-import contextlib
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -32,6 +29,7 @@ from qlora_dpo.arguments import (
     router_coefficient,
     tokenizer_from,
 )
+from qlora_dpo.budget import Rescue, longest_rows
 from qlora_dpo.callbacks import SyncReference, WatchPreferences
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
@@ -44,8 +42,7 @@ from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.generations import SampleGenerations
 from qlora_dpo.layouts import Group, GroupCollator
 from qlora_dpo.lora import use_fast_lora
-from qlora_dpo.memory import GIB, peak_memory
-from qlora_dpo.metrics import RunningSums, preference_metrics, summarize
+from qlora_dpo.metrics import preference_metrics
 from qlora_dpo.model import keep_one_arithmetic, load_trained
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
@@ -61,9 +58,10 @@ from qlora_dpo.reference import (
 )
 from qlora_dpo.sampling import filled, replaced
 from qlora_dpo.step import Step, load_step_state, save_step_state
+from qlora_dpo.training import StepTrainer
 
 
-class QLoRADPOTrainer(Trainer):
+class QLoRADPOTrainer(StepTrainer):
     """Trains LoRA adapters on a (4-bit) base by Direct Preference Optimization.
 
     The constructor is that of TRL's `DPOTrainer`. Logging, checkpoints, resuming, callbacks and progress bars are
@@ -126,7 +124,7 @@ class QLoRADPOTrainer(Trainer):
         reference = reference_from(policy, ref_model, args)
         if train_dataset is not None:
             require_trainable(policy)
-        self.step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
+        step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
         self.starts_at_reference = starts_at(reference, policy)
         self._start_checked = False
         if args.ddp_broadcast_buffers is None:
@@ -137,13 +135,12 @@ class QLoRADPOTrainer(Trainer):
         args.accelerator_config.dispatch_batches = False  # it would cut a stream's tensors by their first size
         self.layout_proof: LayoutProof | None = None
         self._proven = False
-        self._sums = RunningSums()
         self._records: PairRecords | None = None
         self.last_pairs: GatheredPairs | None = None
-        self._last_log = time.perf_counter()
         self.prepared = Preparation(args, objective, tokenizer, reference)
         self.data_reports = self.prepared.reports
         super().__init__(
+            step,
             model=policy,
             args=args,
             data_collator=data_collator or GroupCollator(tokenizer.pad_token_id),
@@ -168,10 +165,9 @@ class QLoRADPOTrainer(Trainer):
             every, tokens = args.sample_generations_every, args.sample_max_new_tokens
             self.add_callback(SampleGenerations(self, args.sample_generations, every, tokens))
         if isinstance(reference, AverageReference):
-            self._sync = SyncReference(reference, args.ref_model_sync_steps)
-            self.add_callback(self._sync)
+            self.sync = SyncReference(reference, args.ref_model_sync_steps)
+            self.add_callback(self.sync)
         self._signature_columns = [*GROUP_COLUMNS, *VALUE_COLUMNS]
-        self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
         self.can_return_loss = True
         self.model.get_base_model().add_model_tags(self._tag_names)
 
@@ -252,122 +248,30 @@ class QLoRADPOTrainer(Trainer):
         if isinstance(self.reference, CachedReference):
             self._precompute_reference()
         self._check_start()
+        if self.args.device.type != "cpu":
+            self._try_longest()
         self._unprepare()
-        self._sums, self._last_log = RunningSums(), time.perf_counter()
+        self.forget_log()
         return super().train(*args, **kwargs)
+
+    def _try_longest(self) -> None:
+        """Forward and backward of the longest groups, so that trouble with memory comes in the first minute."""
+        if not isinstance(self.train_dataset, Dataset):
+            return
+        rows = longest_rows(self.train_dataset, self._train_batch_size)
+        sample = self.data_collator([self.train_dataset[i] for i in rows])
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        room = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]  # for the optimizer's state
+        self._begin([sample])
+        self.training_step(self.model, sample, 1)
+        self._restart()
+        del room
 
     def _unprepare(self) -> None:
         """Let training wrap the model anew: an evaluation before it leaves it marked as prepared, without DDP."""
         if self.args.world_size > 1 and self.model_wrapped is self.model:
             self.model.__dict__.pop("_is_accelerate_prepared", None)
             self.accelerator._models.clear()
-
-    # ---- the step ------------------------------------------------------------------------------------------------
-
-    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
-        """The micro-batches of an optimizer step and its number of items; where pairs are coupled, already scored."""
-        samples, items = super().get_batch_samples(*args)
-        batches = [piece for sample in samples for piece in sample["pieces"]]
-        alone = len(batches) == 1 and "parts" not in batches[0] and self.args.world_size == 1
-        if batches and self.step.objective.coupled and (not alone or self.step.objective.bco_running_mean):
-            self._first_stage(self.model_wrapped, batches)
-        return samples, items
-
-    def _first_stage(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
-        """Score batches without gradient, and count their pairs."""
-        model.train()
-        with self.compute_loss_context_manager():
-            prepared = self._prepare_inputs(batches)
-            tables = self.step.first_stage(model, prepared)
-        for batch, found, table in zip(batches, prepared, tables, strict=True):
-            batch.update(found)
-            self._sums.add(table, batch["num_unique_tokens"])
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Forward and backward of a micro-batch, one forward within the token budget at a time."""
-        for piece in inputs["pieces"]:
-            if "parts" in piece and "slopes" not in piece["parts"][0]:
-                self._first_stage(model, [piece])
-        work = [part for piece in inputs["pieces"] for part in piece.get("parts", [piece])]
-        loss = torch.zeros((), device=self.args.device)
-        for number, part in enumerate(work, start=1):
-            last = number == len(work)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = loss + super().training_step(model, part, num_items_in_batch)
-        return loss
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """A batch's share of the step's loss, which is the mean over all pairs of the step.
-
-        `num_items_in_batch` is the number of pairs of the optimizer step, over all micro-batches and processes; DDP
-        averages gradients over processes, so each one's share is multiplied by their number.
-        """
-        outputs: dict[str, Any] = {}
-        if "slopes" in inputs:
-            total = self.step.second_stage(model, inputs)
-        else:
-            losses, table = self.step.losses(model, inputs)
-            total, outputs = losses.sum(), {"losses": losses, "pairs": table}
-            if model.training:
-                self._sums.add(table, inputs["num_unique_tokens"])
-        items = max(self._items([inputs]), 1) if num_items_in_batch is None else num_items_in_batch
-        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss = total / items * processes
-        return (loss, outputs) if return_outputs else loss
-
-    def _items(self, batches: Iterable[dict[str, Any]]) -> int:
-        """Items of the mean loss in batches: their pairs, or their groups that have one."""
-        if not self.step.objective.counts_groups:
-            return sum(len(batch["rows"]) for batch in batches)
-        return sum(len(set(batch["group"][batch["yw_idxs"]].tolist())) for batch in batches)
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Items in an optimizer step, over its micro-batches and all processes; its tokens are counted beside them.
-
-        Tokens are counted as TRL does, both sides with their prompt, where checkpoints keep the count.
-        """
-        pieces = [piece for sample in batch_samples for piece in sample["pieces"]]
-        items, tokens = self._items(pieces), sum(piece["num_tokens"] for piece in pieces)
-        if self.args.world_size > 1:
-            counts = torch.tensor([items, tokens], device=device)
-            items, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        self.state.num_input_tokens_seen += tokens
-        return max(items, 1)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 operations per parameter and token placed, as `Trainer` estimates them."""
-        tokens = sum(piece["num_unique_tokens"] for piece in inputs["pieces"])
-        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the metrics of all pairs since the last line."""
-        if "loss" in logs:
-            logs.update(self._training_metrics())
-        super().log(logs, start_time)
-
-    def _training_metrics(self) -> dict[str, float]:
-        taken = self._sums.take()
-        if taken is None:
-            return {}
-        sums, pairs, unique_tokens = taken
-        now = time.perf_counter()
-        seconds, self._last_log = now - self._last_log, now
-        moved = {"reference/rank_error": self._sync.error} if self.args.sync_ref_model else {}
-        speed = {"tokens_per_second": unique_tokens / seconds, "pairs_per_second": pairs / seconds}
-        speed["peak_memory_gib"] = peak_memory(self.args.device) / GIB
-        counts = {"num_tokens": self.state.num_input_tokens_seen, "num_unique_tokens": unique_tokens}
-        return summarize(sums, pairs) | moved | counts | speed
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Nothing: `_get_num_items_in_batch` counts the tokens of all processes."""
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -394,10 +298,8 @@ class QLoRADPOTrainer(Trainer):
         self._prove()
         if self.train_dataset is None:
             warn_of_itself(self.reference)
-        start, last_log = time.perf_counter(), self._last_log
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._last_log = last_log + time.perf_counter() - start  # not training time
-        return metrics
+        with self.not_training():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with metrics from the rows of the pair table instead of means of batch means."""
@@ -439,14 +341,17 @@ class QLoRADPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Score a batch without gradient and keep its pairs."""
-        means = []
-        for batch in self._prepare_inputs(inputs)["pieces"]:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses, table = self.step.losses(model, batch, self.args.eval_kl)
-            if self._records is not None:
-                self._records.add(table, batch)
-            means.append(losses.sum() / max(len(losses), 1))
-        return torch.stack(means).mean(), None, None
+        rescue = Rescue(self.data_collator, alone=self.args.world_size == 1)
+        rescue.begin([inputs])
+        found = rescue.run(lambda: [self._judged(model, piece) for piece in inputs["pieces"]])
+        if self._records is not None:
+            for (_, table), piece in zip(found, inputs["pieces"], strict=True):
+                self._records.add(table, piece)
+        return torch.stack([losses.sum() / max(len(losses), 1) for losses, _ in found]).mean(), None, None
+
+    def _judged(self, model: nn.Module, piece: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.step.losses(model, self._prepare_inputs(piece), self.args.eval_kl)
 
     # ---- saving --------------------------------------------------------------------------------------------------
 

@@ -1,16 +1,24 @@
 """What only a CUDA device can show; run by scripts/gpu_check.sh."""
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from qlora_dpo import QLoRADPOTrainer, load_policy
+from qlora_dpo import QLoRADPOTrainer, kernels, load_policy
 from qlora_dpo.forward import install_scoring, score_batch, to_device
+from qlora_dpo.kernels import FLASH_ATTN, FLEX, VARLEN, Case, Recipe, by_segment, choose
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
+from qlora_dpo.model import checkpoint_activations
 from qlora_dpo.proof import prove_layout
+from qlora_dpo.segments import RowPlan
 
+from random_rows import random_groups
 from tiny_chat import CHAT_ROWS, ranked_row
+from tiny_models import add_lora, build
 
 pytestmark = pytest.mark.gpu
 
@@ -61,3 +69,116 @@ def test_training_starts_with_margins_of_exactly_zero_on_the_gpu(base_folder, ma
     assert trainer.state.log_history[2]["rewards/ties"] == 0
     assert trainer.data_collator.layout == "tree"
     assert 0 <= trainer.evaluate(Dataset.from_list(CHAT_ROWS))["eval_rewards/accuracies"] <= 1
+
+
+# Attention: every implementation against the loop over segments
+
+KERNELS = [VARLEN, FLASH_ATTN, FLEX]
+
+
+def attention_case(dtype, heads, size, sinks=False, softcap=None):
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability = torch.cuda.get_device_capability()
+    return Case(device, capability, dtype, heads, (size, size), softcap, sinks)
+
+
+def value_and_gradients(run, segments, recipe, inputs, cotangent):
+    """Of queries, keys and values, and of the sinks where there are any."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    sinks = None if recipe.sinks is None else recipe.sinks.to(inputs[0]).requires_grad_()
+    output = run(*leaves, RowPlan(segments), replace(recipe, sinks=sinks))
+    return output.detach(), *torch.autograd.grad(output, leaves + ([] if sinks is None else [sinks]), cotangent)
+
+
+def assert_as_exact_as_the_loop(name, segments, recipe, dtype, heads, size):
+    """Not further from attention in fp64 than twice the loop in the same dtype, or a few of its roundings."""
+    generator = torch.Generator().manual_seed(0)
+    length = segments[-1].start + segments[-1].length
+    shapes = [(1, n, length, size) for n in (heads[0], heads[1], heads[1])] + [(1, length, heads[0], size)]
+    *inputs, cotangent = (torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes)
+    truth = value_and_gradients(by_segment, segments, recipe, [x.double() for x in inputs], cotangent.double())
+    slow = value_and_gradients(by_segment, segments, recipe, inputs, cotangent)
+    fast = value_and_gradients(kernels.IMPLEMENTATIONS[name], segments, recipe, inputs, cotangent)
+    for exact, loop, found in zip(truth, slow, fast, strict=True):
+        rounding = 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (found - exact).abs().max() <= 2 * (loop - exact).abs().max() + rounding
+
+
+def require(name, case):
+    if choose(case, kernels.installed_kernels() & {name}) != name:
+        pytest.skip(f"{name} is not installed or not for this device")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("layout", ["tree", "packed"])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("heads", "size"), [((4, 4), 64), ((8, 2), 128), ((6, 1), 256)])
+def test_one_kernel_call_is_as_exact_as_the_loop_in_bf16(name, layout, window, heads, size):
+    require(name, attention_case(torch.bfloat16, heads, size))
+    segments = make_batch(random_groups(1, scale=40), layout)["segments"]
+    assert_as_exact_as_the_loop(name, segments, Recipe(0.11, window), torch.bfloat16, heads, size)
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed"])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_attention_is_as_exact_as_the_loop(layout, window, softcap, sinks, dtype):
+    """With soft-cap and sinks, whose gradient is compared too."""
+    require(FLEX, attention_case(dtype, (4, 2), 64, sinks, softcap))
+    segments = make_batch(random_groups(2, scale=40), layout)["segments"]
+    recipe = Recipe(None, window, 0.0, softcap, torch.linspace(-1, 1, 4) if sinks else None)
+    assert_as_exact_as_the_loop(FLEX, segments, recipe, dtype, (4, 2), 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_kernel_that_is_chosen_passes_its_trial(dtype, softcap, sinks):
+    """None is left out for failing; a warning would be an error here."""
+    case = attention_case(dtype, (8, 2), 64, sinks, softcap)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert kernels.implementation_for(case) == choose(case, kernels.installed_kernels())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dtype", "kernel", "tolerance"),
+    [
+        ("llama", torch.bfloat16, VARLEN, 0.1),
+        ("mistral", torch.bfloat16, VARLEN, 0.1),
+        ("qwen3", torch.bfloat16, VARLEN, 0.1),
+        ("qwen3", torch.float32, FLEX, 1e-3),
+    ],
+)
+def test_a_model_has_the_gradient_it_has_with_the_loop(monkeypatch, name, dtype, kernel, tolerance, checkpointed):
+    """As a share of its norm; and the kernel is the one that should run."""
+    if kernel not in kernels.installed_kernels():
+        pytest.skip(f"{kernel} is not installed")
+    policy = add_lora(build(name)).to("cuda", dtype)
+    install_scoring(policy.get_base_model())
+    if checkpointed:
+        checkpoint_activations(policy)
+    batch = to_device(make_batch(random_groups(5), "tree"), "cuda")
+
+    def scored(implementation_for):
+        used = set()
+
+        def recorded(case):
+            used.add(chosen := implementation_for(case))
+            return chosen
+
+        monkeypatch.setattr(kernels, "implementation_for", recorded)
+        policy.zero_grad()
+        logps = score_batch(policy, batch)["logps"]
+        logps.sum().backward()
+        gradients = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+        return used, logps.detach().float(), torch.cat(gradients).float()
+
+    used, logps, gradient = scored(kernels.implementation_for)
+    _, loop_logps, loop_gradient = scored(lambda case: kernels.SEGMENTS)
+    assert used == {kernel}
+    assert (logps - loop_logps).norm() < tolerance * loop_logps.norm()
+    assert (gradient - loop_gradient).norm() < tolerance * loop_gradient.norm()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_dpo.layouts import LAYOUTS, Group, GroupCollator, Segment, make_batch
+from qlora_dpo.layouts import LAYOUTS, Group, GroupCollator, Segment, even_runs, make_batch, positions
 
 GROUPS = [Group([1, 2, 3], [[4, 5], [6, 7, 8]], [(0, 1)], row=7), Group([9], [[10], [11, 12]], [(1, 0), (1, 0)], row=8)]
 
@@ -68,3 +68,21 @@ def test_batches_survive_what_trainer_and_accelerate_do_to_them():
     moved = send_to_device(batch, torch.device("cpu"))
     assert moved["segments"] == batch["segments"]
     assert moved["lengths"] == batch["lengths"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("limit", [1, 20, 45, 60, 100, 10_000])
+def test_runs_hold_every_group_once_within_the_limit_and_are_even(layout, limit):
+    groups = [Group([1] * p, [[2] * c, [3] * d], [(0, 1)], row) for row, (p, c, d) in enumerate(SIZES)]
+    runs = even_runs(groups, layout, limit)
+    assert sorted(group.row for run in runs for group in run) == list(range(len(groups)))
+    assert all([g.row for g in run] == sorted(g.row for g in run) for run in runs)
+    taken = [positions(run, layout) for run in runs]
+    assert all(len(run) == 1 or size <= limit for run, size in zip(runs, taken, strict=True))
+    if layout != "padded" and 45 <= limit < 200:
+        assert max(taken) - min(taken) <= max(positions([group], layout) for group in groups)
+    if limit == 10_000:
+        assert len(runs) == 1
+
+
+SIZES = [(3, 9, 4), (20, 5, 5), (1, 2, 2), (8, 8, 9), (2, 30, 3), (5, 5, 5), (12, 1, 1)]

@@ -1,0 +1,189 @@
+"""The training half of the trainer: micro-batches, the optimizer step over all its pairs, and what is logged of it."""
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from qlora_dpo.budget import Rescue
+from qlora_dpo.callbacks import SyncReference
+from qlora_dpo.memory import GIB, peak_memory
+from qlora_dpo.metrics import RunningSums, summarize
+from qlora_dpo.step import RandomState, Step
+
+
+class StepTrainer(Trainer):
+    """A `Trainer` that minimises the mean of a step's losses over all pairs of the optimizer step.
+
+    Args:
+        step: Scores batches and turns them into losses.
+        **kwargs: `Trainer`'s own; its collator is a `GroupCollator`.
+    """
+
+    def __init__(self, step: Step, **kwargs: Any) -> None:
+        self.step = step
+        self.sync: SyncReference | None = None
+        self.forget_log()
+        super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
+        alone = self.args.world_size == 1
+        self._rescue = Rescue(self.data_collator, self._restart, self._give_up, alone)
+
+    def forget_log(self) -> None:
+        """Let the next log line pool what comes from here on."""
+        self._sums, self._last_log = RunningSums(), time.perf_counter()
+
+    @contextlib.contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Leave the time of the block out of the speed that the log shows."""
+        last_log, start = self._last_log, time.perf_counter()
+        yield
+        self._last_log = last_log + time.perf_counter() - start
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
+        """The micro-batches of an optimizer step and its number of items; where pairs are coupled, already scored."""
+        samples, items = super().get_batch_samples(*args)
+        self._begin(samples)
+        self._rescue.run(self._score_coupled)
+        return samples, items
+
+    def _begin(self, samples: list[dict[str, Any]]) -> None:
+        """Remember how things are before a step, which may have to start again."""
+        random = RandomState.of(self.args.device)
+        self._before = copy.copy(self._sums), copy.copy(self.step.bco_delta), random
+        self._rescue.begin(samples)
+
+    def _restart(self) -> None:
+        """Put back how things were before the step."""
+        self.model.zero_grad()
+        sums, delta, random = self._before
+        self._sums, self.step.bco_delta = copy.copy(sums), copy.copy(delta)
+        random.restore(self.args.device)
+
+    def _give_up(self) -> None:
+        """Keep what was trained before an error that ends the run."""
+        if self.state.global_step > 0:
+            self._restart()
+            self._save_checkpoint(self.model, trial=None)
+
+    def _score_coupled(self) -> None:
+        """The first of two stages for all micro-batches of a step whose pairs are coupled."""
+        batches = [piece for sample in self._rescue.samples for piece in sample["pieces"]]
+        alone = len(batches) == 1 and "parts" not in batches[0] and self.args.world_size == 1
+        if batches and self.step.objective.coupled and (not alone or self.step.objective.bco_running_mean):
+            self._first_stage(self.model_wrapped, batches)
+
+    def _first_stage(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
+        """Score batches without gradient, and count their pairs."""
+        model.train()
+        with self.compute_loss_context_manager():
+            prepared = self._prepare_inputs(batches)
+            tables = self.step.first_stage(model, prepared)
+        for batch, found, table in zip(batches, prepared, tables, strict=True):
+            batch.update(found)
+            self._sums.add(table, batch["num_unique_tokens"])
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; where memory runs out, the optimizer step again in smaller pieces."""
+        if not any(sample is inputs for sample in self._rescue.samples):
+            self._begin([inputs])
+
+        def earlier() -> None:
+            self._score_coupled()
+            for sample in self._rescue.samples:
+                if sample is inputs:
+                    break
+                self._micro_batch(model, sample, num_items_in_batch)
+
+        return self._rescue.run(lambda: self._micro_batch(model, inputs, num_items_in_batch), earlier)
+
+    def _micro_batch(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Forward and backward, one forward within the token budget at a time."""
+        for piece in inputs["pieces"]:
+            if "parts" in piece and "slopes" not in piece["parts"][0]:
+                self._first_stage(model, [piece])
+        work = [part for piece in inputs["pieces"] for part in piece.get("parts", [piece])]
+        loss = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(work, start=1):
+            last = number == len(work)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, part, num_items_in_batch)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """A batch's share of the step's loss, which is the mean over all pairs of the step.
+
+        `num_items_in_batch` is the number of pairs of the optimizer step, over all micro-batches and processes; DDP
+        averages gradients over processes, so each one's share is multiplied by their number.
+        """
+        outputs: dict[str, Any] = {}
+        if "slopes" in inputs:
+            total = self.step.second_stage(model, inputs)
+        else:
+            losses, table = self.step.losses(model, inputs)
+            total, outputs = losses.sum(), {"losses": losses, "pairs": table}
+            if model.training:
+                self._sums.add(table, inputs["num_unique_tokens"])
+        items = max(self._items([inputs]), 1) if num_items_in_batch is None else num_items_in_batch
+        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss = total / items * processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _items(self, batches: Iterable[dict[str, Any]]) -> int:
+        """Items of the mean loss in batches: their pairs, or their groups that have one."""
+        if not self.step.objective.counts_groups:
+            return sum(len(batch["rows"]) for batch in batches)
+        return sum(len(set(batch["group"][batch["yw_idxs"]].tolist())) for batch in batches)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Items in an optimizer step, over its micro-batches and all processes; its tokens are counted beside them.
+
+        Tokens are counted as TRL does, both sides with their prompt, where checkpoints keep the count.
+        """
+        pieces = [piece for sample in batch_samples for piece in sample["pieces"]]
+        items, tokens = self._items(pieces), sum(piece["num_tokens"] for piece in pieces)
+        if self.args.world_size > 1:
+            counts = torch.tensor([items, tokens], device=device)
+            items, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self.state.num_input_tokens_seen += tokens
+        return max(items, 1)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 operations per parameter and token placed, as `Trainer` estimates them."""
+        tokens = sum(piece["num_unique_tokens"] for piece in inputs["pieces"])
+        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics of all pairs since the last line."""
+        if "loss" in logs:
+            logs.update(self._training_metrics())
+        super().log(logs, start_time)
+
+    def _training_metrics(self) -> dict[str, float]:
+        taken = self._sums.take()
+        if taken is None:
+            return {}
+        sums, pairs, unique_tokens = taken
+        now = time.perf_counter()
+        seconds, self._last_log = now - self._last_log, now
+        moved = {} if self.sync is None else {"reference/rank_error": self.sync.error}
+        speed = {"tokens_per_second": unique_tokens / seconds, "pairs_per_second": pairs / seconds}
+        speed["peak_memory_gib"] = peak_memory(self.args.device) / GIB
+        counts = {"num_tokens": self.state.num_input_tokens_seen, "num_unique_tokens": unique_tokens}
+        return summarize(sums, pairs) | moved | counts | speed
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Nothing: `_get_num_items_in_batch` counts the tokens of all processes."""

@@ -1,0 +1,116 @@
+"""The benchmark against TRL runs, trains both sides on the same tokens from the same start, and keeps all numbers."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_chat import chat_row, ranked_row
+
+pytest.importorskip("trl", reason="the extra `bench` is not installed")
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_vs_trl.py"
+LOG_2 = 0.693147
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("bench_vs_trl", SCRIPT)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def report_of(bench, base_folder, tmp_path, monkeypatch):
+    """Runs the benchmark on rows and reads what it wrote."""
+
+    def run(rows, *options):
+        data, output = tmp_path / "rows.jsonl", tmp_path / "bench.json"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = ["--data", str(data), "--model", base_folder, "--output", str(output), "--dtype", "float32"]
+        words += ["--steps", "1", "--repeats", "1", "--checkpointing", "off", "--learning_rate", "1e-3", *options]
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert bench.main(words) == 0
+        return json.loads(output.read_text())
+
+    return run
+
+
+def groups(count):
+    """Rows of four completions and three pairs."""
+    keep = ("prompt", "completions")
+    return [{key: ranked_row(seed)[key] for key in keep} | {"pairs": [[0, 1], [0, 2], [3, 1]]} for seed in range(count)]
+
+
+def check(report, pairs_per_step):
+    ours, trl, as_is = report["runs"]
+    assert [run["side"] for run in report["runs"]] == ["ours", "trl", "trl_as_is"]
+    assert ours["losses"] == pytest.approx(trl["losses"], abs=1e-3)
+    assert ours["grad_norms"] == pytest.approx(trl["grad_norms"], rel=1e-3)
+    assert ours["losses"][0] == pytest.approx(LOG_2, abs=1e-5)
+    assert abs(ours["losses"][1] - LOG_2) > 1e-3
+    assert ours["num_tokens"] == trl["num_tokens"] == as_is["num_tokens"]
+    assert ours["num_unique_tokens"][1:] == report["work"]["unique_tokens"]
+    assert ours["pairs_hash"] == trl["pairs_hash"] == as_is["pairs_hash"]
+    assert ours["adapter_hash"] == trl["adapter_hash"] != as_is["adapter_hash"]
+    assert [run["adapter_dtype"] for run in report["runs"]] == ["float32", "float32", "bfloat16"]
+    assert ours["layout"] == "tree"
+    for run in report["runs"]:
+        assert run["pairs_per_second"] == pytest.approx(pairs_per_step / run["step_seconds"][0])
+        assert run["begin_to_end_seconds"][0] <= run["step_seconds"][0]
+    (found,) = report["summary"]
+    assert found["differences"]["trl"]["losses"] < 1e-3
+    assert found["failed"] == []
+    for name, row in found["measures"].items():
+        assert row["ours/trl"]["median"] == pytest.approx(ours[name] / trl[name])
+        assert row["ours/trl_as_is"]["median"] == pytest.approx(ours[name] / as_is[name])
+    assert {"date", "command", "versions", "python", "cpu", "cores", "threads", "gpu", "data", "rows"} <= set(report)
+    assert report["versions"]["trl"] == "1.16.0"
+
+
+def test_pairs_agree_with_trl_each_run_in_its_own_process(report_of, capsys):
+    long = chat_row(0) | {"prompt": [{"role": "user", "content": "the cat " * 40}]}
+    report = report_of([long, *(chat_row(seed) for seed in range(5))], "--batch_size", "2", "--max_length", "60")
+    check(report, pairs_per_step=2)
+    counts = report["rows"]
+    assert (counts["rows"], counts["dropped_by_ours"], counts["dropped_by_trl"], counts["usable"]) == (6, 1, 1, 5)
+    assert all(run["peak_above_model_gib"] > 0 for run in report["runs"])
+    printed = capsys.readouterr().out
+    assert "TRL as it is, bfloat16" in printed
+    assert "gradient checkpointing off" in printed
+
+
+def test_groups_agree_with_trl_on_their_unrolled_pairs(bench, report_of, monkeypatch):
+    monkeypatch.setattr(bench, "run_in_process", bench.run_one)
+    other = groups(4)[-1] | {"pairs": [[0, 1]]}
+    report = report_of([*groups(3), other])
+    check(report, pairs_per_step=3)
+    assert report["rows"]["other_number_of_pairs"] == 1
+    assert report["work"]["batch_size"] == 1
+
+
+def test_too_few_rows_are_refused(report_of):
+    with pytest.raises(ValueError, match="must hold 8 usable rows"):
+        report_of([chat_row(seed) for seed in range(5)])
+
+
+def test_runs_from_different_starts_are_not_compared(bench):
+    run = {"side": "ours", "pairs_hash": "a", "num_tokens": [1], "adapter_hash": "b"}
+    bench.check_same([run, run | {"side": "trl"}, run | {"side": "trl_as_is", "adapter_hash": "c"}])
+    with pytest.raises(RuntimeError, match="`adapter_hash` must be the same"):
+        bench.check_same([run, run | {"side": "trl", "adapter_hash": "c"}])
+
+
+def test_a_run_that_fails_is_said_and_the_others_count(bench, report_of, monkeypatch, capsys):
+    def failing(side, work):
+        return {"error": "exit status 1: out of memory"} if side == "trl" else bench.run_one(side, work)
+
+    monkeypatch.setattr(bench, "run_in_process", failing)
+    with pytest.raises(AssertionError):  # main returns 1
+        report_of(groups(3))
+    assert "failed: trl" in capsys.readouterr().out

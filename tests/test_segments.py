@@ -1,0 +1,96 @@
+"""What attention needs of the segments: right, and made once."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+from qlora_dpo import segments as rows
+from qlora_dpo.forward import install_scoring, score_batch
+from qlora_dpo.layouts import Segment, make_batch
+from qlora_dpo.model import checkpoint_activations
+from qlora_dpo.segments import BLOCK, RowPlan, visible
+
+from random_rows import random_groups
+from tiny_models import add_lora, build
+
+CPU = torch.device("cpu")
+TREE = [Segment(0, 4), Segment(4, 2, 0, 3), Segment(6, 1), Segment(7, 1, 6, 1)]
+
+
+def test_keys_are_gathered_as_prefix_and_own_run():
+    packed = RowPlan(TREE).packed(CPU)
+    assert packed.keys.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 6, 6, 7]
+    assert packed.cu_q.tolist() == [0, 4, 6, 7, 8]
+    assert packed.cu_k.tolist() == [0, 4, 9, 10, 12]
+    assert (packed.max_q, packed.max_k) == (4, 5)
+    assert packed.cu_q.dtype == packed.cu_k.dtype == torch.int32
+
+
+def test_sequences_of_their_own_gather_nothing():
+    packed = RowPlan([Segment(0, 4), Segment(4, 5)]).packed(CPU)
+    assert packed.keys is None
+    assert packed.cu_q.tolist() == packed.cu_k.tolist() == [0, 4, 9]
+
+
+def dense(segments, window):
+    """`(L, L)` mask of a row, put together from the masks of its segments."""
+    length = segments[-1].start + segments[-1].length
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for s in segments:
+        seen = visible(s.length, s.prefix_length, window, CPU)
+        seen = torch.ones(s.length, s.length).tril().bool() if seen is None else seen
+        rows = slice(s.start, s.start + s.length)
+        mask[rows, s.prefix_start : s.prefix_start + s.prefix_length] = seen[:, : s.prefix_length]
+        mask[rows, rows] = seen[:, s.prefix_length :]
+    return mask
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed"])
+@pytest.mark.parametrize("window", [None, 1, 3, 150, 10_000])
+@pytest.mark.parametrize("scale", [1, 40])
+def test_block_mask_lets_each_query_see_what_its_segment_lets_it_see(layout, window, scale):
+    """Element by element, and by blocks as torch's own function finds them in the full mask."""
+    segments = make_batch(random_groups(scale, scale), layout)["segments"]
+    expected = dense(segments, window)
+    length = len(expected)
+    ours = RowPlan(segments).block_mask(window, CPU)
+    assert torch.equal(create_mask(ours.mask_mod, 1, 1, length, length, "cpu")[0, 0], expected)
+    theirs = create_block_mask(lambda b, h, q, k: expected[q, k], 1, 1, length, length, "cpu", BLOCK_SIZE=BLOCK)
+    assert ours.seq_lengths == theirs.seq_lengths
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    whole, torchs_whole = (chosen_blocks(m.full_kv_num_blocks, m.full_kv_indices) for m in (ours, theirs))
+    assert whole <= torchs_whole
+    assert len(whole) >= 0.9 * len(torchs_whole)
+
+
+def chosen_blocks(counts, indices):
+    return {(row, k) for row, n in enumerate(counts[0, 0]) for k in indices[0, 0, row, :n].tolist()}
+
+
+def test_each_thing_is_made_once_per_window():
+    plan = RowPlan(TREE)
+    assert plan.packed(CPU) is plan.packed(CPU)
+    assert plan.masks(2, CPU) is plan.masks(2, CPU)
+    assert plan.block_mask(2, CPU) is plan.block_mask(2, CPU)
+    assert plan.masks(2, CPU) is not plan.masks(None, CPU)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("name", "windows"), [("llama", 1), ("mistral", 1), ("gemma2", 2)])
+def test_masks_are_made_once_per_forward_for_all_layers_and_their_recomputation(
+    monkeypatch, name, windows, checkpointed
+):
+    made = []
+
+    def counted(length, *rest):
+        made.append(length)
+        return visible(length, *rest)
+
+    monkeypatch.setattr(rows, "visible", counted)
+    policy = add_lora(build(name))
+    install_scoring(policy.get_base_model())
+    if checkpointed:
+        checkpoint_activations(policy)
+    batch = make_batch(random_groups(0), "tree")
+    score_batch(policy, batch)["logps"].sum().backward()
+    assert len(made) == windows * len(batch["segments"])
