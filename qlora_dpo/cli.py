@@ -8,7 +8,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
-from qlora_dpo.footprint import DEVICE_CONTEXT, OPTIMIZERS, MemoryOptions
+from qlora_dpo.footprint import MemoryOptions
 from qlora_dpo.judge import judged
 from qlora_dpo.memory import parse_bytes, plan_memory
 from qlora_dpo.model import UNKNOWN, adapter_folder, default_quantization, load_policy, load_tokenizer
@@ -372,7 +372,7 @@ def report(words: Sequence[str]) -> None:
 
 @dataclass
 class PlanArguments:
-    """What to plan for; the options of `plan_memory`, which says more of each."""
+    """Which model to plan for, and which card."""
 
     model: str | None = field(
         default=None,
@@ -381,29 +381,6 @@ class PlanArguments:
     list: bool = field(default=False, metadata={"help": "Show the built-in names."})
     gpu: str | None = field(
         default=None, metadata={"help": "Memory of the card: 24GB, 8192MiB. Default: the one that is there."}
-    )
-    tokens: int = field(default=2048, metadata={"help": "Unique tokens of a forward: max_tokens_per_forward."})
-    scored_tokens: int | None = field(
-        default=None, metadata={"help": "How many of them are of completions. Default: all."}
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute layers in the backward pass."})
-    keep_layers: int = field(default=0, metadata={"help": "Layers that are kept instead."})
-    quantize: bool = field(default=True, metadata={"help": "Base in 4 bit; --no_quantize for 16 bit."})
-    double_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
-    compute_dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, float16 or float32."})
-    optim: str = field(default="adamw_torch_fused", metadata={"help": f"Optimizer, one of {', '.join(OPTIMIZERS)}."})
-    activation_offloading: bool = field(default=False, metadata={"help": "Layer inputs wait in host memory."})
-    quantize_head: bool = field(default=False, metadata={"help": "LM head in 4 bit."})
-    embeddings_on_cpu: bool = field(default=False, metadata={"help": "Embeddings in host memory."})
-    cached_reference: bool = field(
-        default=False, metadata={"help": "No reference pass: as with --precompute_ref_log_probs."}
-    )
-    logps_chunk_size: int | None = field(
-        default=None, metadata={"help": "Positions in a tile of logits. Default: 64 MiB of them."}
-    )
-    device_context_bytes: int = field(
-        default=DEVICE_CONTEXT, metadata={"help": "What the process takes on the GPU beside its tensors."}
     )
     json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
 
@@ -417,14 +394,13 @@ def _card(gpu: str | None) -> int | None:
 
 def plan(words: Sequence[str]) -> None:
     """Say what fits on a card, before any download: `qlora-dpo plan --model llama-3.1-8b --gpu 24GB`."""
-    (chosen,) = parse((PlanArguments,), words, "qlora-dpo plan")
+    chosen, options = parse((PlanArguments, MemoryOptions), words, "qlora-dpo plan")
     if chosen.list:
         print(json.dumps(BUILT_IN) if chosen.json else "\n".join(BUILT_IN))
         return
     if chosen.model is None:
         raise ValueError("`model` must be given, got none. Name one with --model; --list shows built-in ones.")
-    options = {f.name: getattr(chosen, f.name) for f in fields(MemoryOptions)}
-    found = plan_memory(chosen.model, gpu_bytes=_card(chosen.gpu), **options)
+    found = plan_memory(chosen.model, gpu_bytes=_card(chosen.gpu), **asdict(options))
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
 
 

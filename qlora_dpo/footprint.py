@@ -8,7 +8,7 @@ V vocabulary, L layers, c bytes of a number in the compute dtype.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,7 +33,6 @@ is linear in T; attention with soft-capped scores (Gemma 2) is so only by FlexAt
 OPTIMIZERS = {
     "adamw_torch": 32,
     "adamw_torch_fused": 32,
-    "paged_adamw": 32,
     "paged_adamw_32bit": 32,
     "adamw_8bit": 8,
     "adamw_bnb_8bit": 8,
@@ -42,25 +41,54 @@ OPTIMIZERS = {
 """Bits of each of Adam's two moments, by the names that `optim` has in transformers."""
 
 
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What decides the memory of a training beside the model; `plan_memory` says what each is."""
+    """What decides memory beside the model: keywords of `plan_memory` and options of `qlora-dpo plan`."""
 
-    tokens: int = 2048
-    scored_tokens: int | None = None
-    lora_r: int = 16
-    gradient_checkpointing: bool = True
-    keep_layers: int = 0
-    quantize: bool = True
-    double_quant: bool = True
-    compute_dtype: str = "bfloat16"
-    optim: str = "adamw_torch_fused"
-    activation_offloading: bool = False
-    quantize_head: bool = False
-    embeddings_on_cpu: bool = False
-    cached_reference: bool = False
-    logps_chunk_size: int | None = None
-    device_context_bytes: int = DEVICE_CONTEXT
+    tokens: int = field(
+        default=2048,
+        metadata=_help("Unique tokens of a forward: max_tokens_per_forward, or those of the largest batch."),
+    )
+    scored_tokens: int | None = field(
+        default=None, metadata=_help("How many of them are scored, those of completions. None: all.")
+    )
+    lora_r: int = field(default=16, metadata=_help("Rank of the adapter on every linear layer but the head."))
+    gradient_checkpointing: bool = field(
+        default=True, metadata=_help("Keep only the input of each layer, and compute it again in the backward pass.")
+    )
+    keep_layers: int = field(
+        default=0, metadata=_help("Layers that are kept all the same; the one at work is counted besides.")
+    )
+    quantize: bool = field(default=True, metadata=_help("Base in 4 bit; False for the compute dtype."))
+    double_quant: bool = field(default=True, metadata=_help("Quantise the quantisation constants too."))
+    compute_dtype: str = field(
+        default="bfloat16",
+        metadata=_help("bfloat16, float16 or float32; also of weights that are not quantised."),
+    )
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata=_help(
+            f"As in transformers, one of {', '.join(OPTIMIZERS)}. Paged state is counted as if it were on the GPU."
+        ),
+    )
+    activation_offloading: bool = field(
+        default=False, metadata=_help("Layer inputs wait in host memory; two at a time are on the GPU.")
+    )
+    quantize_head: bool = field(default=False, metadata=_help("LM head in 4 bit."))
+    embeddings_on_cpu: bool = field(default=False, metadata=_help("Embeddings in host memory."))
+    cached_reference: bool = field(
+        default=False, metadata=_help("No reference pass, as with precompute_ref_log_probs.")
+    )
+    logps_chunk_size: int | None = field(
+        default=None, metadata=_help("Positions in a tile of logits. None: 64 MiB of them in fp32.")
+    )
+    device_context_bytes: int = field(
+        default=DEVICE_CONTEXT, metadata=_help("What the process takes on the GPU beside its tensors: an assumption.")
+    )
 
     def __post_init__(self) -> None:
         for name in ("tokens", "scored_tokens", "lora_r", "logps_chunk_size"):
@@ -182,17 +210,18 @@ def _largest_weight(shape: Shape, options: MemoryOptions) -> int:
 
 
 def _reference_layer(shape: Shape, options: MemoryOptions) -> dict[str, int]:
-    """The reference in its last layers, without graph: the residual stream, its norm, and the MLP.
+    """The reference in a layer, without graph: hidden states, and the MLP.
 
-    Either activation, up and product are there (one less without a gate), or what goes into a linear layer, what comes
-    out of it and its dequantised weight.
+    The caller's frames hold the embedded tokens and the layer's input, beside its middle and the norm of that. In the
+    MLP either activation, up and product are there (one less without a gate), or what goes into a linear layer, what
+    comes out of it and its dequantised weight.
     """
     c, t = options.width, options.tokens
     inner = t * shape.intermediate * c
     gated = shape.expanded > shape.intermediate
     weight = _largest_weight(shape, options)
     return {
-        "hidden states": 2 * t * shape.hidden * c,
+        "hidden states": t * (4 * shape.hidden + 2 * shape.head_dim) * c,
         "MLP": max((2 + gated) * inner, (1 + gated) * inner + weight),
     }
 

@@ -7,7 +7,7 @@ the time plus the largest phase.
 import re
 import resource
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -224,21 +224,10 @@ def plan_memory(
         config_or_name: A config of transformers, a built-in name (`qlora-dpo plan --list`), a folder or a Hub id, of
             which only config.json is read.
         gpu_bytes: Memory of the card.
-        tokens: Unique tokens of a forward: `max_tokens_per_forward`, or those of the largest batch. Default 2,048.
-        scored_tokens: How many of them are scored, those of completions; None for all.
-        lora_r: Rank of the adapter on every linear layer but the head.
-        gradient_checkpointing: Keep only the input of each layer, and compute it again in the backward pass.
-        keep_layers: Layers that are kept all the same; the one at work is counted besides.
-        quantize: Base in 4 bit; False for the compute dtype.
-        double_quant: Quantise the quantisation constants too.
-        compute_dtype: `bfloat16`, `float16` or `float32`, also of weights that are not quantised.
-        optim: As in transformers: one of `OPTIMIZERS`. Paged state is counted as if it were on the GPU.
-        activation_offloading: Layer inputs wait for the backward pass in host memory; two at a time are on the GPU.
-        quantize_head: LM head in 4 bit.
-        embeddings_on_cpu: Embeddings in host memory.
-        cached_reference: No reference pass: its log-probabilities are on disk.
-        logps_chunk_size: Positions in a tile of logits; None for 64 MiB of them in fp32.
-        device_context_bytes: What the process takes on the GPU beside its tensors; see `DEVICE_CONTEXT`.
+        **options: Fields of `MemoryOptions`, whose help says what each is: `tokens`, `scored_tokens`, `lora_r`,
+            `gradient_checkpointing`, `keep_layers`, `quantize`, `double_quant`, `compute_dtype`, `optim`,
+            `activation_offloading`, `quantize_head`, `embeddings_on_cpu`, `cached_reference`, `logps_chunk_size`,
+            `device_context_bytes`.
 
     Returns:
         The plan; printed, a table in GiB.
@@ -251,6 +240,10 @@ def plan_memory(
     """
     if gpu_bytes is not None and gpu_bytes < 1:
         raise ValueError(f"`gpu_bytes` must be 1 or more, got {gpu_bytes}. Leave it out for a plan without a card.")
+    known = [field.name for field in fields(MemoryOptions)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"Options of plan_memory must be among {known}, got `{name}`. Remove it.")
     return _plan(shape_of(config_or_name), MemoryOptions(**options), gpu_bytes)
 
 

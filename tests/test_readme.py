@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from qlora_dpo import QLoRADPOConfig
-from qlora_dpo.cli import DataArguments, EvaluationArguments, ModelArguments, main, parse
+from qlora_dpo.cli import DataArguments, EvaluationArguments, ModelArguments, PlanArguments, main, parse
+from qlora_dpo.footprint import MemoryOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,11 +42,21 @@ def test_python_of_the_readme_runs(base_folder, rows_file, tmp_path, monkeypatch
 
 def test_command_lines_of_the_readme_are_understood():
     lines = [line for block in blocks("bash") for line in block.strip().splitlines() if line.startswith("qlora-dpo ")]
-    classes = {"train": TRAIN, "evaluate": (EvaluationArguments, QLoRADPOConfig)}
+    classes = {
+        "train": TRAIN,
+        "evaluate": (EvaluationArguments, QLoRADPOConfig),
+        "plan": (PlanArguments, MemoryOptions),
+    }
     assert {line.split()[1] for line in lines} == set(classes)
     for line in lines:
         _, command, *words = shlex.split(line)
         assert parse(classes[command], words, command)
+
+
+def test_the_plan_of_the_readme_is_the_one_that_is_printed(capsys):
+    (command,) = [line for line in "".join(blocks("bash")).splitlines() if line.startswith("qlora-dpo plan")]
+    assert main(shlex.split(command)[1:]) == 0
+    assert blocks("text") == [capsys.readouterr().out]
 
 
 @pytest.mark.parametrize("name", ["README", *sorted(p.name for p in (ROOT / "examples").glob("*.yaml"))])
