@@ -32,7 +32,7 @@ from qlora_dpo.arguments import (
     router_coefficient,
     tokenizer_from,
 )
-from qlora_dpo.callbacks import SyncReference, WatchPreferences
+from qlora_dpo.callbacks import KeepLayers, SyncReference, WatchPreferences
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
     GROUP_COLUMNS,
@@ -47,6 +47,7 @@ from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.memory import GIB, peak_memory
 from qlora_dpo.metrics import RunningSums, preference_metrics, summarize
 from qlora_dpo.model import keep_one_arithmetic, load_trained
+from qlora_dpo.offload import activations_moved
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
@@ -167,6 +168,8 @@ class QLoRADPOTrainer(Trainer):
         if args.sample_generations:
             every, tokens = args.sample_generations_every, args.sample_max_new_tokens
             self.add_callback(SampleGenerations(self, args.sample_generations, every, tokens))
+        if args.keep_layers:
+            self.add_callback(KeepLayers(policy.get_base_model(), args.keep_layers))
         if isinstance(reference, AverageReference):
             self._sync = SyncReference(reference, args.ref_model_sync_steps)
             self.add_callback(self._sync)
@@ -311,13 +314,14 @@ class QLoRADPOTrainer(Trainer):
         averages gradients over processes, so each one's share is multiplied by their number.
         """
         outputs: dict[str, Any] = {}
-        if "slopes" in inputs:
-            total = self.step.second_stage(model, inputs)
-        else:
-            losses, table = self.step.losses(model, inputs)
-            total, outputs = losses.sum(), {"losses": losses, "pairs": table}
-            if model.training:
-                self._sums.add(table, inputs["num_unique_tokens"])
+        with activations_moved(self.model) if self.args.activation_offloading else contextlib.nullcontext():
+            if "slopes" in inputs:
+                total = self.step.second_stage(model, inputs)
+            else:
+                losses, table = self.step.losses(model, inputs)
+                total, outputs = losses.sum(), {"losses": losses, "pairs": table}
+                if model.training:
+                    self._sums.add(table, inputs["num_unique_tokens"])
         items = max(self._items([inputs]), 1) if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = total / items * processes

@@ -10,7 +10,20 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "memory", "lora"},
+    {
+        "preferences",
+        "scores",
+        "losses",
+        "logps",
+        "metrics",
+        "cache",
+        "averaging",
+        "adapters",
+        "memory",
+        "lora",
+        "recompute",
+        "offload",
+    },
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},
     {"objective", "layouts", "attention", "data", "sampling"},
