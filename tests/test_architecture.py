@@ -10,20 +10,8 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {
-        "preferences",
-        "scores",
-        "losses",
-        "logps",
-        "metrics",
-        "cache",
-        "averaging",
-        "adapters",
-        "memory",
-        "lora",
-        "recompute",
-        "offload",
-    },
+    {"offload", "recompute"},
+    {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "memory", "lora"},
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},
     {"objective", "layouts", "attention", "data", "sampling"},

@@ -1,20 +1,29 @@
 """What lies in CPU memory instead of the device's: the same losses and gradients, and weights that stay in place."""
 
 import contextlib
+import copy
+import json
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
+from safetensors.torch import load_file
 
-from qlora_dpo import load_policy, trainer
+from qlora_dpo import QLoRADPOTrainer, load_policy, trainer
+from qlora_dpo import model as model_module
+from qlora_dpo.cli import main
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
-from qlora_dpo.model import checkpoint_activations
-from qlora_dpo.offload import activations_moved
+from qlora_dpo.model import checkpoint_activations, default_quantization, load_base
+from qlora_dpo.offload import activations_moved, keep_embeddings_on_cpu
 
 from one_step import one_step
+from tiny_chat import build_tiny_llama
 from tiny_models import add_lora, build
 
+REENTRANT = {"use_reentrant": True}
 GROUPS = [
     Group([9, 12, 14], [[10, 11, 8, 2], [13, 9, 2]], [(0, 1)]),
     Group([20, 9], [[10, 2], [15, 16, 17, 2], [9, 2]], [(1, 0), (1, 2)]),
@@ -174,3 +183,178 @@ def test_overlapping_windows_stay():
     before, after, moved = saved(lambda x: (x * 1).flatten().unfold(0, 3, 1), torch.randn(6, 4))
     assert torch.equal(before, after)
     assert not moved.sizes
+
+
+# ---- input embeddings ------------------------------------------------------------------------------------------------
+
+
+def on_cpu(folder, on=True, **options):
+    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    return load_policy(folder, embeddings_on_cpu=on, **({"peft_config": lora} | options))
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_embeddings_in_cpu_memory_change_nothing_on_a_cpu(base_folder, quantize):
+    policies = [on_cpu(base_folder, on, quantize=quantize) for on in (False, True)]
+    found = []
+    for policy in policies:
+        install_scoring(policy.get_base_model())
+        ids = torch.tensor([[9, 10, 11]])
+        written = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        found.append((gradient(policy, "tree"), policy.dtype, policy.device, written.tolist()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+    names = [[name for name, _ in policy.named_parameters()] for policy in policies]
+    assert names[0] == names[1]
+
+
+def test_embeddings_stay_where_they_are_when_the_model_moves_and_are_cast_with_it(base_folder):
+    """`meta` stands for the device: the only other one that a CPU has."""
+    policy = on_cpu(base_folder, quantize=False)
+    table = policy.get_base_model().get_input_embeddings()
+    before = table.weight.detach().clone()
+    policy.to("meta")
+    assert {p.device.type for p in policy.parameters() if p is not table.weight} == {"meta"}
+    assert table.weight.device.type == "cpu"
+    assert torch.equal(table.weight, before)
+    assert [m.device.type for m in (policy, policy.get_base_model(), policy.get_base_model().model)] == ["meta"] * 3
+    policy.to(torch.float64)
+    assert (table.weight.dtype, table.weight.device.type) == (torch.float64, "cpu")
+    assert torch.equal(table.weight, before.double())
+
+
+def test_a_scaled_table_keeps_its_scale(tmp_path):
+    """Gemma's embeddings multiply what they look up."""
+    torch.manual_seed(0)
+    model = build("gemma3")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    ids = torch.tensor([[9, 10, 11]])
+    expected = model(input_ids=ids).logits
+    keep_embeddings_on_cpu(model)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert isinstance(copy.deepcopy(model).get_input_embeddings(), type(model.get_input_embeddings()))
+
+
+def test_adapter_and_base_are_saved_and_loaded_as_ever(base_folder, tmp_path):
+    policy = on_cpu(base_folder)
+    policy.save_pretrained(tmp_path / "adapter")
+    assert not [name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "embed" in name]
+    again = load_policy(str(tmp_path / "adapter"), embeddings_on_cpu=True)
+    install_scoring(policy.get_base_model())
+    install_scoring(again.get_base_model())
+    assert torch.equal(gradient(policy, "tree"), gradient(again, "tree"))
+    plain = on_cpu(base_folder, quantize=False).unload()
+    plain.save_pretrained(tmp_path / "base")
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    weights = load_base(str(tmp_path / "base"), quantize=False).state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"neftune_noise_alpha": 5.0}, {"gradient_checkpointing_kwargs": REENTRANT}])
+def test_a_run_with_embeddings_in_cpu_memory_is_the_same_run(base_folder, make_args, chat_rows, tmp_path, options):
+    logs, weights = [], []
+    for on in (False, True):
+        args = make_args(max_steps=3, learning_rate=1e-3, output_dir=str(tmp_path / str(on)), **options)
+        rows = chat_rows.select(range(4))
+        run = QLoRADPOTrainer(on_cpu(base_folder, on), args=args, train_dataset=rows, eval_dataset=rows)
+        run.train()
+        run.save_model()
+        logs.append([run.evaluate()["eval_loss"], *(x["loss"] for x in run.state.log_history if "loss" in x)])
+        weights.append((tmp_path / str(on) / "adapter_model.safetensors").read_bytes())
+    assert logs[0] == logs[1]
+    assert weights[0] == weights[1]
+
+
+TRAINED = [
+    {"target_modules": ["embed_tokens", "q_proj"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [8, 9]},
+]
+
+
+@pytest.mark.parametrize("lora", TRAINED, ids=str)
+def test_embeddings_that_are_trained_are_refused(base_folder, make_args, chat_rows, lora):
+    config = LoraConfig(task_type="CAUSAL_LM", **lora)
+    with pytest.raises(ValueError, match="`embeddings_on_cpu` must be False where the embeddings are trained"):
+        load_policy(base_folder, peft_config=config, embeddings_on_cpu=True)
+    base = load_base(base_folder, embeddings_on_cpu=True)
+    with pytest.raises(ValueError, match="`embeddings_on_cpu` must be False where the embeddings are trained"):
+        QLoRADPOTrainer(base, args=make_args(), train_dataset=chat_rows, peft_config=config)
+
+
+def test_tied_embeddings_are_refused(tokenizer, tmp_path):
+    build_tiny_llama(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`embeddings_on_cpu` must be False where the head shares their weight"):
+        load_policy(str(tmp_path), embeddings_on_cpu=True)
+
+
+def test_embeddings_of_another_kind_are_refused():
+    model = build("llama")
+    model.set_input_embeddings(torch.nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match=r"no nn\.Embedding, got Linear"):
+        keep_embeddings_on_cpu(model)
+
+
+def test_several_processes_on_cuda_and_spread_models_are_refused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(NotImplementedError, match="`embeddings_on_cpu` must be False on several processes, got 2"):
+        keep_embeddings_on_cpu(model)
+    model.get_input_embeddings()._hf_hook = object()
+    with pytest.raises(ValueError, match="`embeddings_on_cpu` must be False for a model that `device_map` spreads"):
+        keep_embeddings_on_cpu(model)
+
+
+@pytest.mark.parametrize("command", ["train", "model_init_kwargs"])
+def test_the_options_of_loading_reach_it_from_the_command_line_and_from_a_string(
+    base_folder, rows_file, tmp_path, make_args, chat_rows, monkeypatch, command
+):
+    kept = []
+    monkeypatch.setattr(model_module, "keep_embeddings_on_cpu", lambda model: kept.append(model.lm_head))
+    if command == "train":
+        words = f"--model_name_or_path {base_folder} --dataset_name {rows_file} --output_dir {tmp_path} --max_steps 1"
+        options = "--report_to none --embeddings_on_cpu true --quantize_head true"
+        assert main(["train", *words.split(), *options.split()]) == 0
+    else:
+        options = {"embeddings_on_cpu": True, "quantize_head": True}
+        QLoRADPOTrainer(
+            base_folder,
+            args=make_args(model_init_kwargs=options),
+            train_dataset=chat_rows,
+            quantization_config=default_quantization(),
+        )
+    assert [type(head) for head in kept] == [Linear4bit]
+
+
+# ---- optimizer states ------------------------------------------------------------------------------------------------
+
+
+def test_the_paged_eight_bit_optimizer_trains_fp32_adapters_and_goes_on_from_a_checkpoint(
+    base_folder, make_args, chat_rows, tmp_path
+):
+    """On a CPU bitsandbytes keeps the states in 8 bit too, without pages; below 4,096 weights in 32 bit."""
+
+    def run(folder, **options):
+        args = make_args(
+            output_dir=str(tmp_path / folder), optim="paged_adamw_8bit", learning_rate=1e-3, max_steps=4,
+            save_strategy="steps", save_steps=2, **options,
+        )  # fmt: skip
+        lora = LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        return QLoRADPOTrainer(load_policy(base_folder, peft_config=lora), args=args, train_dataset=chat_rows)
+
+    whole, resumed = run("whole"), run("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    trained = [p for p in whole.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    states = {p.numel() >= 4096: whole.optimizer.optimizer.state[p]["state1"].dtype for p in trained}
+    assert states[True] is torch.uint8
+    losses = [[x["loss"] for x in t.state.log_history if "loss" in x][-2:] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < 0.68
+    for one, other in zip(trained, [p for p in resumed.model.parameters() if p.requires_grad], strict=True):
+        assert torch.equal(one, other)
