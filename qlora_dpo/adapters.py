@@ -13,6 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from qlora_dpo.offload import require_frozen_embeddings
+
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of LoRA that subtract the adapter's start from the base's weights."""
 
@@ -124,8 +126,9 @@ def require_usable(policy: PeftModel) -> None:
 
     Raises:
         NotImplementedError: For prompt learning, activated LoRA and AdaLoRA.
-        ValueError: For merged or disabled adapters, and trainable weights of the base.
+        ValueError: For merged or disabled adapters, trainable weights of the base, and trained embeddings on the CPU.
     """
+    require_frozen_embeddings(policy)
     for name in policy.active_adapters:
         require_token_adapter(policy.peft_config[name])
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]

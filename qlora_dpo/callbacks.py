@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora_dpo.recompute import decoder_layers, keep_last_layers, resolve_keep_layers
 from qlora_dpo.reference import AverageReference
 
 PATIENCE = 3
@@ -29,6 +30,22 @@ class SyncReference(TrainerCallback):
         """Update, every `every` steps."""
         if state.global_step % self.every == 0:
             self.error = self.reference.update()
+
+
+class KeepLayers(TrainerCallback):
+    """Lets the last decoder layers keep their activations: anew in each training, which lets all layers recompute.
+
+    Attributes:
+        layers: The decoder's layers.
+        asked: The option `keep_layers`.
+    """
+
+    def __init__(self, model: Any, asked: int | str) -> None:
+        self.layers, self.asked = decoder_layers(model), asked
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After `Trainer` has turned checkpointing on, and before the first forward."""
+        keep_last_layers(self.layers, resolve_keep_layers(self.asked, len(self.layers)))
 
 
 def troubles(history: Sequence[Mapping[str, float]]) -> dict[str, str]:

@@ -77,6 +77,13 @@ class ModelArguments:
     load_in_4bit: bool = field(default=True, metadata={"help": "Load the base in 4 bit; --no_load_in_4bit for 16 bit."})
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit type: nf4 or fp4."})
     use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
+    quantize_head: bool = field(
+        default=False, metadata={"help": "Load the head in 4 bit too, where it is not tied to the embeddings."}
+    )
+    embeddings_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Keep input embeddings in CPU memory, where they are neither tied to the head nor trained."},
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Adapter scale times rank."})
     lora_dropout: float = field(
@@ -218,6 +225,8 @@ def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
         quantize=model.load_in_4bit,
         quantization_config=quantization if model.load_in_4bit else None,
         gradient_checkpointing=bool(args.gradient_checkpointing),
+        quantize_head=model.quantize_head,
+        embeddings_on_cpu=model.embeddings_on_cpu,
         **{name: value for name, value in options.items() if value is not None},
     )
 

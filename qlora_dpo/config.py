@@ -23,7 +23,6 @@ BATCH_LAYOUTS = ("auto", *LAYOUTS)
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "truncation_mode": ("keep_start",),
     "pad_to_multiple_of": (None, "auto"),
-    "activation_offloading": (False,),
     "pad_token": (None,),
     "train_sampling_strategy": ("random", "sequential"),
     "label_smoothing_factor": (0.0,),
@@ -87,6 +86,19 @@ class QLoRADPOConfig(TrainingArguments):
     gradient_checkpointing: bool | None = field(
         default=True,
         metadata=_help("Recompute activations in the backward pass instead of keeping them."),
+    )
+    keep_layers: int | str | None = field(
+        default=0,
+        metadata=_help(
+            "Decoder layers, the last ones, whose activations are kept instead of recomputed, with "
+            "`gradient_checkpointing`: more memory, less to compute, the same gradient. `auto`: 0 for now."
+        ),
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=_help(
+            "Keep what the backward pass needs in CPU memory, on a CUDA device: less of its memory, more to copy."
+        ),
     )
     fp16: bool = field(default=False, metadata=_help("Compute in fp16 mixed precision, for a GPU without bf16."))
     bf16: bool | None = field(
@@ -230,7 +242,6 @@ class QLoRADPOConfig(TrainingArguments):
 
     truncation_mode: str = field(default="keep_start", metadata=_help("Only `keep_start`: cut at the end."))
     pad_to_multiple_of: int | str | None = field(default="auto", metadata=_help("Not built yet: only None or `auto`."))
-    activation_offloading: bool = field(default=False, metadata=_help("Not built yet."))
     pad_token: str | None = field(default=None, metadata=_help("Set `tokenizer.pad_token` instead."))
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -253,6 +264,8 @@ class QLoRADPOConfig(TrainingArguments):
             self.loss_weights = [self.loss_weights]
         if not isinstance(self.loss_type, (list, tuple)):
             raise TypeError(f"`loss_type` must be a name or a list of them, got {self.loss_type!r}. Use 'sigmoid'.")
+        if isinstance(self.keep_layers, str) and self.keep_layers.isdecimal():
+            self.keep_layers = int(self.keep_layers)
         for name in (*RANGES, "learning_rate", "ld_alpha", "f_alpha_divergence_coef", "ref_model_mixup_alpha"):
             value = getattr(self, name, None)
             if isinstance(value, str):
@@ -293,6 +306,7 @@ class QLoRADPOConfig(TrainingArguments):
             raise ValueError(f"`sample_generations` must be 0 or more, got {self.sample_generations}.")
         check_reference(self.objective, self.reference)
         self._check_moving_reference()
+        self._check_memory()
         for name in ("max_length", "max_prompt_length", "logps_chunk_size", "max_tokens_per_forward", *_COUNTS):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -320,6 +334,22 @@ class QLoRADPOConfig(TrainingArguments):
         if self.precompute_ref_log_probs:
             raise ValueError("`precompute_ref_log_probs` must be False with `sync_ref_model`: the reference moves.")
         self._check_choice("reference with sync_ref_model", self.reference, ("auto", "base", "initial"))
+
+    def _check_memory(self) -> None:
+        """Refuse to keep layers where none is recomputed, and to move activations to where they are."""
+        asked = self.keep_layers
+        if not (asked in (None, "auto") or (type(asked) is int and asked >= 0)):
+            raise ValueError(f"`keep_layers` must be a number of layers, 0 or more, or 'auto', got {asked!r}. Use 0.")
+        if asked and not getattr(self, "activation_checkpointing", self.gradient_checkpointing):
+            raise ValueError(
+                f"`keep_layers` must be 0 without `gradient_checkpointing`, where every layer is kept, got {asked}. "
+                "Leave it out."
+            )
+        if self.activation_offloading and (self.use_cpu or not torch.cuda.is_available()):
+            raise ValueError(
+                "`activation_offloading` must be False without a CUDA device: activations are in CPU memory already, "
+                "got True. Leave it out."
+            )
 
     def _check_secrets(self) -> None:
         """Refuse what would upload a token: Trainer writes its arguments beside a checkpoint that it pushes."""

@@ -61,7 +61,7 @@ class MemoryOptions:
         default=True, metadata=_help("Keep only the input of each layer, and compute it again in the backward pass.")
     )
     keep_layers: int = field(
-        default=0, metadata=_help("Layers that are kept all the same; the one at work is counted besides.")
+        default=0, metadata=_help("Layers, the last ones, whose activations are kept all the same.")
     )
     quantize: bool = field(default=True, metadata=_help("Base in 4 bit; False for the compute dtype."))
     double_quant: bool = field(default=True, metadata=_help("Quantise the quantisation constants too."))
@@ -76,7 +76,7 @@ class MemoryOptions:
         ),
     )
     activation_offloading: bool = field(
-        default=False, metadata=_help("Layer inputs wait in host memory; two at a time are on the GPU.")
+        default=False, metadata=_help("What the backward pass needs waits in CPU memory.")
     )
     quantize_head: bool = field(default=False, metadata=_help("LM head in 4 bit."))
     embeddings_on_cpu: bool = field(default=False, metadata=_help("Embeddings in host memory."))
@@ -104,11 +104,13 @@ class MemoryOptions:
             raise ValueError(
                 f"`compute_dtype` must be bfloat16, float16 or float32, got {self.compute_dtype}. Use bfloat16."
             )
-        if self.activation_offloading and not self.gradient_checkpointing:
+        if self.keep_layers and not self.gradient_checkpointing:
             raise ValueError(
-                "`activation_offloading` must be False without `gradient_checkpointing`, whose layer inputs it moves, "
-                "got True. Turn that on too."
+                f"`keep_layers` must be 0 without `gradient_checkpointing`, where every layer is kept, got "
+                f"{self.keep_layers}. Leave it out."
             )
+        if self.quantize_head and not self.quantize:
+            raise ValueError("`quantize_head` must be False for a base that is not in 4 bit, got True. Leave it out.")
         if self.optim not in OPTIMIZERS:
             raise ValueError(f"`optim` must be one of {sorted(OPTIMIZERS)}, got {self.optim}. Use adamw_torch_fused.")
 
@@ -194,14 +196,12 @@ def _kept(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     """Activations that a forward leaves for its backward pass."""
     state = options.tokens * shape.hidden * options.width
     positions = 2 * options.tokens * shape.head_dim * options.width  # cosines and sines, shared by all layers
+    if options.activation_offloading:  # one input that was brought back or is on its way out, and what is too small
+        small = 0 if options.gradient_checkpointing else shape.layers * options.lora_r * len(shape.layer_linears)
+        return {"layer inputs": state + positions, "projections": options.tokens * small * options.width}
     layers = min(options.keep_layers, shape.layers) if options.gradient_checkpointing else shape.layers
     states = shape.layers if options.width == FP32 else shape.layers - layers  # norms of kept ones hold fp32 copies
-    if options.activation_offloading:
-        states = min(2, states)  # one at work, one on its way
-    return {
-        "layer inputs": states * state + positions,
-        "kept layers": layers * _layer_saved(shape, options),
-    }
+    return {"layer inputs": states * state + positions, "kept layers": layers * _layer_saved(shape, options)}
 
 
 def _largest_weight(shape: Shape, options: MemoryOptions) -> int:
@@ -231,18 +231,22 @@ def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]
     c, chunk = options.width, min(chunk_length(shape.vocabulary, options.logps_chunk_size), options.scored)
     states = options.tokens * shape.hidden * c
     rows = options.scored * shape.hidden * c
-    before_norm = options.tokens * shape.hidden * FP32 if trained else 0  # which its backward pass needs, in fp32
+    keeps = trained and not options.activation_offloading
+    before_norm = options.tokens * shape.hidden * FP32 * keeps  # which its backward pass needs, in fp32
     parts = {"last hidden states": states + before_norm, "scored hidden states": rows}
     if not options.quantize_head:
         product = chunk * shape.hidden * c
         parts["unit gradient"] = (rows + product) * trained
         parts["logit tiles"] = shape.vocabulary * _tile_bytes(shape, options, chunk, trained)
         return parts
-    # A head that is called tile by tile and recomputed in the backward pass: three fp32 tiles and one in the compute
-    # dtype (logits, log-softmax and its gradient), and the whole head dequantised for the product.
-    parts["logit tiles"] = shape.vocabulary * chunk * (3 * FP32 + (c if c < FP32 else 0))
-    parts["dequantised head"] = shape.vocabulary * shape.hidden * c
-    return parts
+    # `logps.any_head_token_scores`: logits, those less their maximum, and exponentials; or, in the product that makes
+    # the logits and in its backward pass, the whole head dequantised beside a tile in the compute dtype.
+    tile = shape.vocabulary * chunk
+    moments = [
+        {"logit tiles": 3 * FP32 * tile},
+        {"logit tiles": c * tile, "dequantised head": shape.vocabulary * shape.hidden * c},
+    ]
+    return parts | max(moments, key=_total)
 
 
 def _tile_bytes(shape: Shape, options: MemoryOptions, chunk: int, trained: bool) -> int:
@@ -267,7 +271,8 @@ def _tile_bytes(shape: Shape, options: MemoryOptions, chunk: int, trained: bool)
 def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     """The backward pass of the last layer, when all layer inputs are still there.
 
-    On top of its working set there is the gradient of its output, and at the fullest of three moments:
+    On top of its working set (with offloading and without checkpointing only of what the MLP needs at the moment) there
+    is the gradient of its output, and at the fullest of three moments:
 
     - in the MLP, the gradients of the product (which is gone), of activation and of up; without a gate, of one less;
     - in the MLP's last matrix, the gradient of the product and the dequantised weight;
@@ -276,7 +281,12 @@ def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     t = options.tokens
     inner = t * shape.intermediate * options.width
     gated = shape.expanded > shape.intermediate
-    everything = not options.gradient_checkpointing or options.keep_layers >= shape.layers
+    if options.activation_offloading and not options.gradient_checkpointing:
+        work = inner * (2 + gated)
+    elif options.gradient_checkpointing and (options.activation_offloading or not options.keep_layers):
+        work = _layer_saved(shape, options)
+    else:
+        work = 0  # the last layer is among those kept
     moments = [
         {"gradients of activations": inner * (1 + gated)},
         {"gradients of activations": inner, "dequantised weight": _largest_weight(shape, options)},
@@ -284,7 +294,7 @@ def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     ]
     return {
         **_kept(shape, options),
-        "recomputed layer": 0 if everything else _layer_saved(shape, options),
+        "layer at work": work,
         "gradient of its output": t * shape.hidden * options.width,
         **max(moments, key=_total),
     }

@@ -128,7 +128,7 @@ class MemoryPlan:
             for saver in SAVERS
             if any(getattr(self.options, name) != value for name, value in saver.change.items())
             and not ("optim" in saver.change and OPTIMIZERS[self.options.optim] == 8)
-            and not ("activation_offloading" in saver.change and not self.options.gradient_checkpointing)
+            and not ("quantize_head" in saver.change and not self.options.quantize)
             and not (saver.change.keys() & _NEED_OWN_HEAD and not self.shape.head)
         ]
 

@@ -1,11 +1,13 @@
 """Loading: a 4-bit base with LoRA adapters attached, ready to train."""
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -32,6 +34,7 @@ from qlora_dpo.adapters import (
     trained_adapters,
 )
 from qlora_dpo.config import best_precision
+from qlora_dpo.offload import keep_embeddings_on_cpu, require_frozen_embeddings
 
 RECORD_NAME = "qlora_dpo.json"
 UNKNOWN = "unknown"
@@ -101,20 +104,35 @@ def device_map() -> dict[str, Any]:
     return {"": int(os.environ.get("LOCAL_RANK", 0))}
 
 
-def load_base(model_id: str, quantization_config: Any = None, quantize: bool = True, **kwargs: Any) -> PreTrainedModel:
+def load_base(
+    model_id: str,
+    quantization_config: Any = None,
+    quantize: bool = True,
+    *,
+    quantize_head: bool = False,
+    embeddings_on_cpu: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """A causal LM without adapters: in NF4 unless told otherwise, the rest of its weights in 16 bit.
 
     Args:
         model_id: Hub id or folder.
         quantization_config: How to quantise; None for `default_quantization()`.
         quantize: False to load the weights as they are.
+        quantize_head: Whether the head is in 4 bit too; transformers leaves it in 16 bit.
+        embeddings_on_cpu: Whether the input embeddings stay in CPU memory, and only looked-up rows go to the device.
         **kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`, ...).
 
     Returns:
         The model, `use_cache` off.
+
+    Raises:
+        ValueError: For a 4-bit head, or embeddings in CPU memory, where the head is the embeddings.
     """
     if quantize and quantization_config is None and "quantization_config" not in kwargs:
         quantization_config = default_quantization()
+    if quantize_head:
+        quantization_config = _with_head(quantization_config)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if "torch_dtype" in kwargs:  # the older name
@@ -127,10 +145,30 @@ def load_base(model_id: str, quantization_config: Any = None, quantize: bool = T
     head = model.get_output_embeddings()
     if hasattr(head, "compute_dtype") and head.weight is model.get_input_embeddings().weight:
         raise ValueError(
-            "A 4-bit head must not be tied to the embeddings, which stay in 16 bit, got one that is. Leave the head "
-            "out of the quantisation (llm_int8_skip_modules)."
+            "A 4-bit head must not be tied to the embeddings, which stay in 16 bit, got one that is. Leave out "
+            "`quantize_head`, or name the head in llm_int8_skip_modules."
         )
+    if quantize_head and not isinstance(head, Linear4bit):
+        raise ValueError(
+            f"`quantize_head` must be False for a head that stays as it is, got {type(head).__name__}. Take it out of "
+            "llm_int8_skip_modules, or load weights that are not quantised yet."
+        )
+    if embeddings_on_cpu:
+        keep_embeddings_on_cpu(model)
     return model
+
+
+def _with_head(quantization: Any) -> BitsAndBytesConfig:
+    """The quantisation with the head in 4 bit: transformers skips it unless a list says what to skip.
+
+    Raises:
+        ValueError: If the base is not loaded in 4 bit.
+    """
+    if not getattr(quantization, "load_in_4bit", False):
+        raise ValueError("`quantize_head` must be False for a base that is not in 4 bit, got True. Leave it out.")
+    changed = copy.deepcopy(quantization)
+    changed.llm_int8_skip_modules = changed.llm_int8_skip_modules or []
+    return changed
 
 
 def attach_adapter(
@@ -161,6 +199,8 @@ def load_policy(
     quantization_config: BitsAndBytesConfig | None = None,
     quantize: bool = True,
     gradient_checkpointing: bool = True,
+    quantize_head: bool = False,
+    embeddings_on_cpu: bool = False,
     **model_kwargs: Any,
 ) -> PeftModel:
     """A 4-bit base with LoRA adapters attached, ready to train.
@@ -174,6 +214,9 @@ def load_policy(
         quantization_config: How to quantise the base; None for NF4 with double quantisation and 16-bit compute.
         quantize: False to keep the base in 16 bit.
         gradient_checkpointing: Whether to recompute activations in the backward pass.
+        quantize_head: Whether the head is in 4 bit too, which must not be tied to the embeddings.
+        embeddings_on_cpu: Whether the input embeddings stay in CPU memory, and only the rows that a batch looks up go
+            to the device; they must be neither tied to the head nor trained.
         **model_kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`, ...).
 
     Returns:
@@ -181,7 +224,8 @@ def load_policy(
 
     Raises:
         FileNotFoundError: If a local path is not there.
-        ValueError: If `model_id` is an adapter beside `adapter`, or an adapter to stack on changes the base.
+        ValueError: If `model_id` is an adapter beside `adapter`, an adapter to stack on changes the base, or the head
+            or the embeddings cannot be as asked.
 
     Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
     """
@@ -195,13 +239,15 @@ def load_policy(
     if adapter is not None and "revision" not in model_kwargs:
         revision = PeftConfig.from_pretrained(check_path(adapter, "adapter")).revision
         model_kwargs |= {"revision": revision} if revision else {}
-    base = load_base(model_id, quantization_config, quantize, **model_kwargs)
+    where = {"quantize_head": quantize_head, "embeddings_on_cpu": embeddings_on_cpu}
+    base = load_base(model_id, quantization_config, quantize, **where, **model_kwargs)
     if adapter is None:
         policy = attach_adapter(base, peft_config, model_kwargs.get("revision"))
     else:
         policy = _with_trained(base, check_path(adapter, "adapter"), peft_config)
         for config in policy.peft_config.values():
             config.revision = model_kwargs.get("revision")
+    require_frozen_embeddings(policy)
     if gradient_checkpointing:
         checkpoint_activations(policy)
     return policy

@@ -59,7 +59,7 @@ class Scorer:
     @property
     def device(self) -> torch.device:
         """Where the policy computes."""
-        return next(self.policy.parameters()).device
+        return self.policy.get_base_model().device
 
     @property
     def context(self) -> int | None:

@@ -30,7 +30,7 @@ from qlora_dpo.arguments import (
     tokenizer_from,
 )
 from qlora_dpo.budget import Rescue, longest_rows
-from qlora_dpo.callbacks import SyncReference, WatchPreferences
+from qlora_dpo.callbacks import KeepLayers, SyncReference, WatchPreferences
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
     GROUP_COLUMNS,
@@ -164,6 +164,8 @@ class QLoRADPOTrainer(StepTrainer):
         if args.sample_generations:
             every, tokens = args.sample_generations_every, args.sample_max_new_tokens
             self.add_callback(SampleGenerations(self, args.sample_generations, every, tokens))
+        if args.keep_layers:
+            self.add_callback(KeepLayers(policy.get_base_model(), args.keep_layers))
         if isinstance(reference, AverageReference):
             self.sync = SyncReference(reference, args.ref_model_sync_steps)
             self.add_callback(self.sync)

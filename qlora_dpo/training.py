@@ -14,6 +14,7 @@ from qlora_dpo.budget import Rescue
 from qlora_dpo.callbacks import SyncReference
 from qlora_dpo.memory import GIB, peak_memory
 from qlora_dpo.metrics import RunningSums, summarize
+from qlora_dpo.offload import activations_moved
 from qlora_dpo.step import RandomState, Step
 
 
@@ -130,13 +131,14 @@ class StepTrainer(Trainer):
         averages gradients over processes, so each one's share is multiplied by their number.
         """
         outputs: dict[str, Any] = {}
-        if "slopes" in inputs:
-            total = self.step.second_stage(model, inputs)
-        else:
-            losses, table = self.step.losses(model, inputs)
-            total, outputs = losses.sum(), {"losses": losses, "pairs": table}
-            if model.training:
-                self._sums.add(table, inputs["num_unique_tokens"])
+        with activations_moved(self.model) if self.args.activation_offloading else contextlib.nullcontext():
+            if "slopes" in inputs:
+                total = self.step.second_stage(model, inputs)
+            else:
+                losses, table = self.step.losses(model, inputs)
+                total, outputs = losses.sum(), {"losses": losses, "pairs": table}
+                if model.training:
+                    self._sums.add(table, inputs["num_unique_tokens"])
         items = max(self._items([inputs]), 1) if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = total / items * processes

@@ -10,6 +10,7 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
+    {"offload", "recompute"},
     {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "lora"},
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},

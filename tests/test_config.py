@@ -57,6 +57,13 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"padding_free": True, "batch_layout": "padded"}, "`padding_free` must be False"),
         ({"max_length": 0}, "`max_length` must be 1 or more"),
         ({"logps_chunk_size": 0}, "`logps_chunk_size` must be 1 or more"),
+        ({"keep_layers": -1}, "`keep_layers` must be a number of layers, 0 or more, or 'auto', got -1"),
+        ({"keep_layers": "some"}, "`keep_layers` must be a number of layers, 0 or more, or 'auto', got 'some'"),
+        ({"keep_layers": 2.0}, "`keep_layers` must be a number of layers"),
+        ({"keep_layers": True}, "`keep_layers` must be a number of layers"),
+        ({"keep_layers": 2, "gradient_checkpointing": False}, "`keep_layers` must be 0 without `gradient_checkpoint"),
+        ({"keep_layers": "auto", "gradient_checkpointing": False}, "`keep_layers` must be 0 without"),
+        ({"activation_offloading": True, "use_cpu": True}, "`activation_offloading` must be False without a CUDA"),
         ({"push_to_hub": True, "hub_token": "hf_secret"}, "`hub_token` must be None when checkpoints are pushed"),
     ],
 )
@@ -66,7 +73,7 @@ def test_what_cannot_be_right_is_refused(tmp_path, options, message):
 
 
 ASKED = {
-    "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "activation_offloading": True, "pad_token": "<pad>",
+    "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "pad_token": "<pad>",
     "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1, "use_liger_kernel": True,
     "batch_eval_metrics": True,
 }  # fmt: skip

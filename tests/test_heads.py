@@ -1,16 +1,24 @@
 """Heads and routers other than plain: adapted, quantised, tied and padded heads, mixtures of experts."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
+from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy, score_completions
+from qlora_dpo.cli import main
 from qlora_dpo.forward import ROUTER_LOSS, install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
 from qlora_dpo.losses import dpo_loss
+from qlora_dpo.model import default_quantization, load_base
+from qlora_dpo.record import read_record
 from qlora_dpo.reference import make_reference
+from qlora_dpo.score import load_scorer
 
 from reference_impl import completion_logps, pair_loss
 from tiny_chat import build_tiny_llama, chat_row
@@ -165,3 +173,91 @@ def test_the_coefficient_of_the_models_config_is_the_default(tokenizer, tmp_path
     off = moe_run(folder=tmp_path, router_aux_loss_coef=0.0, **run)
     assert default[0]["loss"] > off[0]["loss"]
     assert "aux_loss" not in off[0]
+
+
+# ---- quantize_head ---------------------------------------------------------------------------------------------------
+
+
+def test_a_head_is_quantised_on_request_and_never_adapted_by_default(base_folder):
+    policy = load_policy(base_folder, quantize_head=True)
+    head = policy.get_base_model().get_output_embeddings()
+    assert type(head) is Linear4bit
+    assert (head.weight.quant_state.quant_type, head.weight.quant_state.nested) == ("nf4", True)
+    assert not head.support_avx512bf16_for_cpu
+    adapted = [name for name, module in policy.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == 2 * 7
+    assert not any("lm_head" in name for name in adapted)
+    assert type(load_policy(base_folder).get_base_model().lm_head) is torch.nn.Linear
+
+
+def test_the_quantisation_given_is_kept_and_left_as_it_is(base_folder):
+    given = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["o_proj"])
+    model = load_base(base_folder, given, quantize_head=True)
+    assert model.lm_head.weight.quant_state.quant_type == "fp4"
+    assert type(model.model.layers[0].self_attn.o_proj) is torch.nn.Linear
+    plain = default_quantization()
+    load_base(base_folder, plain, quantize_head=True)
+    assert plain.llm_int8_skip_modules is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": False}, "`quantize_head` must be False for a base that is not in 4 bit"),
+        ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "for a base that is not in 4 bit"),
+        (
+            {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"])},
+            "`quantize_head` must be False for a head that stays as it is, got Linear",
+        ),
+    ],
+)
+def test_a_head_that_cannot_be_quantised_is_refused(base_folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_policy(base_folder, quantize_head=True, **options)
+
+
+def test_a_tied_head_is_refused_by_name(tokenizer, tmp_path):
+    build_tiny_llama(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must not be tied to the embeddings.*Leave out `quantize_head`"):
+        load_policy(str(tmp_path), quantize_head=True)
+
+
+def test_training_with_a_four_bit_head_starts_at_its_reference_and_logs_exact_divergences(
+    base_folder, make_args, chat_rows
+):
+    policy = load_policy(base_folder, quantize_head=True)
+    args = make_args(max_steps=2, learning_rate=1e-3, bf16=None)
+    trainer = QLoRADPOTrainer(policy, args=args, train_dataset=chat_rows, eval_dataset=chat_rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+    assert trainer.state.log_history[1]["rewards/margins"] != 0
+    assert trainer.data_collator.layout == "tree"
+    assert trainer.evaluate()["eval_kl/chosen"] > 0
+
+
+def test_evaluate_and_score_load_the_head_as_it_was_in_training(base_folder, rows_file, tmp_path, monkeypatch):
+    """By `qlora_dpo.json`: the same rewards as at the end of the training."""
+    run = tmp_path / "run"
+    words = f"--model_name_or_path {base_folder} --dataset_name {rows_file} --output_dir {run} --quantize_head true"
+    more = "--max_steps 2 --learning_rate 1e-3 --report_to none --dataset_test_split train --disable_tqdm true"
+    assert main(["train", *words.split(), *more.split()]) == 0
+    assert read_record(str(run)).quantization["llm_int8_skip_modules"] == []
+    heads = []
+    prepare = QLoRADPOTrainer.__init__
+
+    def note(self, model, *args, **kwargs):
+        heads.append(type(model.get_base_model().lm_head))
+        prepare(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(QLoRADPOTrainer, "__init__", note)
+    assert main(["evaluate", "--adapter", str(run), "--dataset_name", rows_file, "--report_to", "none"]) == 0
+    assert heads == [Linear4bit]
+    before = json.loads((run / "metrics.json").read_text())["after"]
+    after = json.loads((run / "evaluation" / "metrics.json").read_text())
+    for key in ("eval_rewards/margins", "eval_logps/chosen", "eval_loss"):
+        assert after[key] == pytest.approx(before[key], rel=1e-6), key
+    scorer = load_scorer(str(run))
+    assert type(scorer.policy.get_base_model().lm_head) is Linear4bit
+    rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
+    margins = [row["margin"] for row in score_completions(scorer, rows)]
+    assert sum(margins) / len(margins) == pytest.approx(after["eval_rewards/margins"], rel=2e-2)

@@ -1,5 +1,6 @@
 """The plan made of the counts: what fits, what each option saves, which to set, and how it is told."""
 
+import dataclasses
 import json
 import types
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from qlora_dpo import plan_memory
-from qlora_dpo.cli import main
+from qlora_dpo import QLoRADPOConfig, plan_memory
+from qlora_dpo.cli import ModelArguments, main
 from qlora_dpo.footprint import OPTIMIZERS
 from qlora_dpo.memory import GIB, SAVERS, parse_bytes
 from qlora_dpo.shapes import BUILT_IN, shape_of
@@ -166,7 +167,8 @@ def test_options_change_the_parts_that_they_are_about():
         ({"compute_dtype": "int8"}, "`compute_dtype` must be bfloat16"),
         ({"optim": "sgd"}, "`optim` must be one of"),
         ({"gpu_bytes": 0}, "`gpu_bytes` must be 1 or more"),
-        ({"activation_offloading": True, "gradient_checkpointing": False}, "`activation_offloading` must be False"),
+        ({"keep_layers": 2, "gradient_checkpointing": False}, "`keep_layers` must be 0 without"),
+        ({"quantize_head": True, "quantize": False}, "`quantize_head` must be False for a base that is not in 4 bit"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(options, message):
@@ -202,6 +204,11 @@ def test_sizes_are_read_as_cards_are_sold(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="`gpu` must be a size such as 24GB"):
         parse_bytes(text)
+
+
+def test_flags_of_the_advice_are_options_of_training():
+    known = {field.name for cls in (ModelArguments, QLoRADPOConfig) for field in dataclasses.fields(cls)}
+    assert {saver.flag.removeprefix("--").split()[0] for saver in SAVERS} <= known
 
 
 def test_every_optimizer_is_one_of_transformers():

@@ -1,0 +1,44 @@
+"""Gradient checkpointing: which decoder layers keep their activations for the backward pass instead of recomputing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def resolve_keep_layers(asked: int | str | None, layers: int) -> int:
+    """How many of the last layers keep their activations.
+
+    Args:
+        asked: The option `keep_layers`: a number, `auto` (0 until memory is known) or None (0).
+        layers: How many layers the model has.
+
+    Returns:
+        0 to `layers`.
+
+    >>> resolve_keep_layers(100, layers=32)
+    32
+    """
+    return 0 if asked is None or asked == "auto" else min(int(asked), layers)
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a causal LM's decoder that can recompute themselves, first to last.
+
+    Raises:
+        ValueError: If there is none: the model's code is not built of transformers' own layers.
+    """
+    layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"`keep_layers` must be 0 for {type(model).__name__}, whose layers are not told apart, got another. Leave "
+            "it out."
+        )
+    return layers
+
+
+def keep_last_layers(layers: Sequence[nn.Module], count: int) -> None:
+    """Let the last layers keep their activations; the others stay as checkpointing set them. Idempotent."""
+    for layer in layers[len(layers) - count :]:
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
