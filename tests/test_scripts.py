@@ -1,0 +1,44 @@
+"""The developer scripts that build what measurements need."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+
+from qlora_dpo import load_policy
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "qwen2, tied": Qwen2Config(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shape_is_a_four_bit_model_that_loads(name, tokenizer, tmp_path, monkeypatch):
+    shape, words, made = (str(tmp_path / part) for part in ("shape", "words", "made"))
+    CONFIGS[name].save_pretrained(shape)
+    tokenizer.save_pretrained(words)
+    options = {"config": shape, "tokenizer": words, "output_dir": made}
+    flags = [part for key, value in options.items() for part in (f"--{key}", value)]
+    monkeypatch.setattr(sys, "argv", ["make_shape.py", *flags])
+    runpy.run_path(str(SCRIPTS / "make_shape.py"), run_name="__main__")
+
+    policy = load_policy(made)
+    base = policy.get_base_model()
+    assert sum(isinstance(module, Linear4bit) for module in base.modules()) == 14
+    assert base.lm_head.weight.dtype == torch.bfloat16
+    assert (base.lm_head.weight is base.get_input_embeddings().weight) == CONFIGS[name].tie_word_embeddings
+    with torch.no_grad():
+        logits = policy(input_ids=torch.tensor([[3, 4, 5]])).logits
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    written = json.loads(Path(made, "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(written.values()) == {path.name for path in Path(made).glob("*.safetensors")}
