@@ -1,4 +1,4 @@
-"""The command line: `qlora-dpo demo`, `train`, `evaluate`, `score` and `report`, also as `python -m qlora_dpo`.
+"""The command line: `qlora-dpo demo`, `train`, `evaluate`, `score`, `report` and `push`, also as `python -m qlora_dpo`.
 
 Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config file.yaml` sets defaults and flags win.
 """
@@ -23,9 +23,17 @@ from transformers.utils import logging as transformers_logging
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
+from qlora_dpo.hub import PushError, push_adapter
 from qlora_dpo.judge import judged
 from qlora_dpo.model import UNKNOWN, adapter_folder, default_quantization, load_policy, load_tokenizer
-from qlora_dpo.record import read_record, recorded_reference, require_known, saved_adapter, warn_of_reference
+from qlora_dpo.record import (
+    read_record,
+    recorded_reference,
+    require_known,
+    saved_adapter,
+    warn_of_reference,
+    weights_hash,
+)
 from qlora_dpo.report import write_report
 from qlora_dpo.rewardbench import as_conversations, section_scores
 from qlora_dpo.score import score_file
@@ -88,7 +96,7 @@ class ModelArguments:
 class EvaluationArguments:
     """What to evaluate."""
 
-    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    adapter: str = field(metadata={"help": "Folder or Hub id of a saved adapter with its qlora_dpo.json."})
     dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .parquet or .csv file or a folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_test_split: str = field(default="train", metadata={"help": "Split to evaluate on."})
@@ -251,6 +259,8 @@ def train(words: Sequence[str]) -> None:
         eval_dataset=test_rows,
         processing_class=tokenizer,
     )
+    for origin in trainer.prepared.origins:
+        trainer.prepared.name(origin, data.dataset_name, data.dataset_config)
     metrics: dict[str, Any] = {}
     if test_rows is not None:
         metrics["before"] = trainer.evaluate()
@@ -263,9 +273,11 @@ def train(words: Sequence[str]) -> None:
         for title in ("before", "after"):
             print(_summary(title, metrics[title]))
         print(found)
-    trainer.save_model()
     trainer.save_state()
+    trainer.save_model(_internal_call=True)  # without pushing: what may fail comes last
     _write_metrics(args.output_dir, metrics)
+    if args.push_to_hub:
+        print(f"adapter pushed to {trainer.push_to_hub()}")
     print(f"adapter saved in {args.output_dir}; judge it with: qlora-dpo evaluate --adapter {args.output_dir}")
 
 
@@ -291,7 +303,7 @@ def evaluate(words: Sequence[str]) -> None:
         | record.loss
         | {
             "reference": recorded_reference(record, given=False),
-            "output_dir": str(Path(adapter, "evaluation")),
+            "output_dir": str(Path(adapter if Path(adapter).is_dir() else adapter.split("/")[-1], "evaluation")),
             "bf16": record.mixed_precision == "bf16",
             "fp16": record.mixed_precision == "fp16",
         }
@@ -326,6 +338,8 @@ def evaluate(words: Sequence[str]) -> None:
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
     if chosen.benchmark:
         metrics["rewardbench"] = _section_scores(trainer)
+    trainer.prepared.name("eval", chosen.dataset_name, chosen.dataset_config)
+    metrics |= {"adapter_sha256": weights_hash(adapter), "data": trainer.prepared.origins["eval"]}
     _write_metrics(args.output_dir, metrics)
 
 
@@ -339,7 +353,7 @@ def demo(words: Sequence[str]) -> None:
 class ScoreArguments:
     """What to score."""
 
-    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    adapter: str = field(metadata={"help": "Folder or Hub id of a saved adapter with its qlora_dpo.json."})
     source: str = field(
         metadata={"help": "A .jsonl file of rows with `prompt` and `completions`, or chosen and rejected."}
     )
@@ -367,12 +381,32 @@ def report(words: Sequence[str]) -> None:
     print(f"report written to {write_report(parser.parse_args(list(words)).run_dir)}")
 
 
+@dataclass
+class PushArguments:
+    """What to push, and where."""
+
+    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    repo_id: str = field(metadata={"help": "user/name on the Hub; made if it is not there."})
+    private: bool | None = field(default=None, metadata={"help": "Make it private. Default: as the user has set it."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: the main one."})
+    commit_message: str | None = field(default=None, metadata={"help": "First line of the commit."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
+
+
+def push(words: Sequence[str]) -> None:
+    """Push a saved adapter to the Hub: `qlora-dpo push --adapter DIR --repo_id user/name`."""
+    (chosen,) = parse((PushArguments,), words, "qlora-dpo push")
+    options = {one.name: getattr(chosen, one.name) for one in fields(chosen) if one.name not in ("adapter", "repo_id")}
+    print(f"adapter pushed: {push_adapter(chosen.adapter, chosen.repo_id, **options)}")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
     "score": score,
     "report": report,
+    "push": push,
 }
 
 
@@ -393,7 +427,7 @@ def main(words: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_warning()
     try:
         COMMANDS[words[0]](words[1:])
-    except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, PushError) as error:
         print(f"qlora-dpo {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -10,7 +10,19 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "memory", "lora"},
+    {
+        "preferences",
+        "scores",
+        "origins",
+        "losses",
+        "logps",
+        "metrics",
+        "cache",
+        "averaging",
+        "adapters",
+        "memory",
+        "lora",
+    },
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},
     {"objective", "layouts", "segments", "kernels", "attention", "data", "sampling", "budget"},
@@ -19,8 +31,11 @@ LAYERS = [
     {"reference"},
     {"record", "arguments", "proof", "precomputed", "step", "callbacks"},
     {"evaluation", "generations", "training"},
+    {"report"},
+    {"card"},
+    {"hub"},
     {"trainer"},
-    {"demo", "judge", "score", "report"},
+    {"demo", "judge", "score"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -57,7 +57,6 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"padding_free": True, "batch_layout": "padded"}, "`padding_free` must be False"),
         ({"max_length": 0}, "`max_length` must be 1 or more"),
         ({"logps_chunk_size": 0}, "`logps_chunk_size` must be 1 or more"),
-        ({"push_to_hub": True, "hub_token": "hf_secret"}, "`hub_token` must be None when checkpoints are pushed"),
     ],
 )
 def test_what_cannot_be_right_is_refused(tmp_path, options, message):
