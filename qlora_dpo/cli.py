@@ -387,7 +387,7 @@ class PushArguments:
 
     adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
     repo_id: str = field(metadata={"help": "user/name on the Hub; made if it is not there."})
-    private: bool | None = field(default=None, metadata={"help": "Make it private. Default: as the user has set it."})
+    private: bool = field(default=False, metadata={"help": "Make it private. Default: as the user has set it."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: the main one."})
     commit_message: str | None = field(default=None, metadata={"help": "First line of the commit."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
@@ -396,8 +396,8 @@ class PushArguments:
 def push(words: Sequence[str]) -> None:
     """Push a saved adapter to the Hub: `qlora-dpo push --adapter DIR --repo_id user/name`."""
     (chosen,) = parse((PushArguments,), words, "qlora-dpo push")
-    options = {one.name: getattr(chosen, one.name) for one in fields(chosen) if one.name not in ("adapter", "repo_id")}
-    print(f"adapter pushed: {push_adapter(chosen.adapter, chosen.repo_id, **options)}")
+    options = vars(chosen) | {"private": chosen.private or None}  # False would make public what is private by default
+    print(f"adapter pushed: {push_adapter(options.pop('adapter'), options.pop('repo_id'), **options)}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -222,7 +222,7 @@ def _plainly(
     try:
         yield
     except Exception as error:  # the boundary to another library, an HTTP client below it, and a network
-        again = f"qlora-dpo push --adapter {folder} --repo_id {repo_id}" + " --private true" * bool(private)
+        again = f"qlora-dpo push --adapter {folder} --repo_id {repo_id}" + " --private" * bool(private)
         again += f" --revision {revision}" if revision else ""
         text = " ".join(without_secrets(f"{type(error).__name__}: {error}", token).split())
         raise PushError(
