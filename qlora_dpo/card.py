@@ -7,6 +7,7 @@ import json
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from qlora_dpo.measures import Estimate, PreferenceReport
 from qlora_dpo.model import split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter, weights_hash
-from qlora_dpo.report import CURVES, PICTURES, STATE_NAME, curve_charts, picture_name, write_pictures
+from qlora_dpo.report import PICTURES, STATE_NAME, curve_charts, picture_name, write_pictures
 
 TAGS = ("dpo", "qlora-dpo", "lora", "preference-alignment")
 MARK = (
     "<!-- qlora_dpo writes this card anew at every save. Take this line out, and a push leaves the card as it is. -->"
 )
+FEWEST_STEPS = 3
+"""Logged steps that make a curve."""
 _PEFT_DRAFT = "# Model Card for Model ID"
 _REFERENCES = {
     "base": "the base model, with its adapters disabled",
@@ -83,10 +86,24 @@ def write_card(
     """
     path = Path(folder)
     lines = _history(path) if history is None else history
-    write_pictures(path / PICTURES, curve_charts(lines) if draw else [])
-    card = make_card(path, name, lines, metadata)
+    charts = curve_charts(lines) if len({line.get("step") for line in lines}) >= FEWEST_STEPS else []
+    if draw:
+        write_pictures(path / PICTURES, charts)
+    card = make_card(path, name, lines, [chart.title for chart in charts], metadata)
     card.save(path / REPOCARD_NAME)
     return str(path / REPOCARD_NAME)
+
+
+def save_card(folder: str, *args: Any, **kwargs: Any) -> None:
+    """As `write_card`, with a warning where that fails: no training is lost for its card."""
+    try:
+        write_card(folder, *args, **kwargs)
+    except Exception as error:  # whatever it is, the adapter is saved and the run goes on
+        warnings.warn(
+            f"The card of {folder} could not be written ({type(error).__name__}: {error}); the adapter is saved. "
+            "`qlora-dpo push` writes it anew.",
+            stacklevel=2,
+        )
 
 
 def is_own(path: Path) -> bool:
@@ -98,7 +115,11 @@ def is_own(path: Path) -> bool:
 
 
 def make_card(
-    folder: Path, name: str | None, history: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]
+    folder: Path,
+    name: str | None,
+    history: Sequence[Mapping[str, Any]],
+    curves: Sequence[str],
+    metadata: Mapping[str, Any],
 ) -> ModelCard:
     """The card of a saved adapter.
 
@@ -106,13 +127,14 @@ def make_card(
         folder: Where it lies.
         name: Its Hub id, if it has one.
         history: Lines of the training's log.
+        curves: Titles of the charts to show, where they lie beside it.
         metadata: More for the card's head.
     """
     record = read_record(str(folder))
     lora = json.loads(Path(saved_adapter(str(folder)), "adapter_config.json").read_text())
     judged = _evaluations(folder, record)
     title = str(metadata.get("model_name") or (name or _run_name(folder)).split("/")[-1])
-    pictures = [title for title in CURVES if (folder / PICTURES / picture_name(title)).is_file()]
+    pictures = [title for title in curves if (folder / PICTURES / picture_name(title)).is_file()]
     sections = {
         "": _introduction(record, lora),
         "How to load it": _loading(record, lora, name or title),

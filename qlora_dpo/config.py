@@ -64,7 +64,7 @@ def best_precision() -> str:
     return "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
 
 
-@dataclass
+@dataclass(repr=False)  # a dataclass's own would show `hub_token`
 class QLoRADPOConfig(TrainingArguments):
     """Arguments of `QLoRADPOTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
@@ -318,6 +318,11 @@ class QLoRADPOConfig(TrainingArguments):
         if self.precompute_ref_log_probs:
             raise ValueError("`precompute_ref_log_probs` must be False with `sync_ref_model`: the reference moves.")
         self._check_choice("reference with sync_ref_model", self.reference, ("auto", "base", "initial"))
+
+    def __str__(self) -> str:
+        return "\n".join([f"{type(self).__name__}(", *(f"{k}={v}," for k, v in sorted(self.to_dict().items())), ")"])
+
+    __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, for trackers: with no token, also not among `model_init_kwargs`."""

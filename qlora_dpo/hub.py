@@ -75,7 +75,7 @@ def push_adapter(
         raise FileNotFoundError(f"`folder` must be a folder with a saved adapter, got {folder}. Check the path.")
     adapter_files(folder)
     if not is_own(Path(folder, constants.REPOCARD_NAME)):
-        write_card(folder, repo_id)
+        write_card(folder, repo_id, draw=not Path(folder, PICTURES).is_dir())
     repo_id = make_repository(repo_id, private=private, token=token, folder=folder)
     return upload(folder, repo_id, private, token, revision, commit_message, create_pr=create_pr)
 

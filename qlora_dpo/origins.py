@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.naming import camelcase_to_snakecase
-from huggingface_hub import constants, hf_hub_download, metadata_load
+from huggingface_hub import constants, hf_hub_download, metadata_load, try_to_load_from_cache
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "qlora_dpo")
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -63,6 +63,17 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def base_commit(base: str, revision: str | None = None) -> str | None:
+    """The commit of a base model that was loaded from the Hub, as the cache has it."""
+    try:
+        found = try_to_load_from_cache(base, constants.CONFIG_NAME, revision=revision)
+    except ValueError:  # a path, or no name at all
+        return None
+    commit = Path(found).parent.name if isinstance(found, str) else ""
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
 
 
 @cache

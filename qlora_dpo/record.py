@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
 from qlora_dpo.model import RECORD_NAME, UNKNOWN, local_adapter
-from qlora_dpo.origins import base_licence, versions
+from qlora_dpo.origins import base_commit, base_licence, versions
 from qlora_dpo.reference import Reference, reference_hash
 
 
@@ -108,7 +108,7 @@ def write_record(
     record = AdapterRecord(
         base=name,
         base_revision=adapter.revision,
-        base_commit=getattr(base.config, "_commit_hash", None),
+        base_commit=base_commit(name, adapter.revision),
         licence=base_licence(name, adapter.revision),
         datasets=datasets or {},
         evaluations=evaluations or {},

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -33,7 +34,7 @@ from qlora_dpo.arguments import (
 )
 from qlora_dpo.budget import Rescue, longest_rows
 from qlora_dpo.callbacks import SyncReference, WatchPreferences
-from qlora_dpo.card import write_card
+from qlora_dpo.card import save_card, write_card
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
     GROUP_COLUMNS,
@@ -365,16 +366,17 @@ class QLoRADPOTrainer(StepTrainer):
     # ---- saving --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save adapter, tokenizer and `qlora_dpo.json`; never the arguments, which may hold a Hub token."""
+        """Save adapter, tokenizer, `qlora_dpo.json` and card; never the arguments, which may hold a Hub token."""
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
+        Path(folder, REPOCARD_NAME).unlink(missing_ok=True)  # PEFT would read it, and fail if it cannot
         self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained_adapters(self.model))
         self.processing_class.save_pretrained(folder)
         origins, delta, judged = self.prepared.origins, self.step.bco_delta.mean, self._judged_at[self._weights_step]
         write_record(folder, self.model, self.args, self.reference, self.given, delta, origins, judged)
         draw = not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR)
-        write_card(folder, self.hub_model_id, self.state.log_history, draw)  # instead of PEFT's draft
+        save_card(folder, self.hub_model_id, self.state.log_history, draw)  # instead of PEFT's draft
 
     @property
     def _weights_step(self) -> int:

@@ -135,6 +135,22 @@ def test_every_save_makes_the_card_anew(adapter):
         assert text_of(adapter) == first
 
 
+def test_a_broken_card_in_the_folder_or_a_card_that_cannot_be_made_stops_no_save(
+    base_folder, tokenizer, make_args, monkeypatch
+):
+    """PEFT reads the card that is there before it saves, and raises if its head is not YAML."""
+    rows = Dataset.from_list(CHAT_ROWS)
+    args = make_args()
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, rows, None, tokenizer)
+    Path(args.output_dir, "README.md").write_text("---\n: [broken\n---\n")
+    trainer.save_model()
+    assert MARK in text_of(args.output_dir)
+    monkeypatch.setattr("qlora_dpo.card.make_card", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match=r"could not be written \(ZeroDivisionError"):
+        trainer.save_model()
+    assert Path(args.output_dir, "adapter_model.safetensors").is_file()
+
+
 def test_a_card_that_a_person_took_over_is_known(tmp_path):
     path = tmp_path / "README.md"
     for text, own in ((f"---\n---\n{MARK}\n# x", False), ("# Model Card for Model ID", False), ("# Mine", True)):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from hub_server import READER, STRANGER, WRITER, Hub
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
 from peft import LoraConfig
@@ -17,6 +16,7 @@ from qlora_dpo import QLoRADPOTrainer, load_policy, push_adapter
 from qlora_dpo.cli import main
 from qlora_dpo.hub import PushError, adapter_files, without_secrets
 
+from hub_server import READER, STRANGER, WRITER, Hub
 from tiny_chat import CHAT_ROWS
 
 TOP = {
@@ -48,7 +48,7 @@ def run(base_folder, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny-dpo"
     rows = Dataset.from_list(CHAT_ROWS)
     trainer = trainer_of(
-        base_folder, tokenizer, folder, rows, save_strategy="steps", save_steps=1, sample_generations=1
+        base_folder, tokenizer, folder, rows, save_strategy="steps", save_steps=3, max_steps=3, sample_generations=1
     )
     trainer.train()
     trainer.evaluate()
@@ -94,6 +94,7 @@ def test_an_adapter_is_pushed_with_what_belongs_to_it_and_nothing_else(hub, adap
     info = push_adapter(str(adapter), "ada/tiny-dpo", commit_message="First")
     files = pushed(hub)
     assert {name for name in files if not name.startswith("charts/")} == TOP
+    assert "charts/loss.png" in files
     assert {name for name in files if name.startswith("charts/")} == {
         f"charts/{p.name}" for p in adapter.glob("charts/*")
     }
