@@ -1,6 +1,7 @@
 """QLoRA-DPO: Direct Preference Optimization of LoRA adapters on a 4-bit base, every token computed once."""
 
 from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.hub import push_adapter
 from qlora_dpo.judge import evaluate_preferences
 from qlora_dpo.losses import LOSSES, dpo_loss
 from qlora_dpo.measures import PreferenceReport
@@ -21,5 +22,6 @@ __all__ = [
     "load_policy",
     "load_scorer",
     "plan_memory",
+    "push_adapter",
     "score_completions",
 ]

@@ -22,8 +22,10 @@ from qlora_dpo.model import (
     load_policy,
     load_tokenizer,
     with_pad_token,
+    with_revision,
 )
 from qlora_dpo.objective import Objective, check_columns
+from qlora_dpo.origins import data_origin, named_origin
 from qlora_dpo.reference import Reference, make_reference, require_no_other
 
 
@@ -75,6 +77,7 @@ class Preparation:
 
     Attributes:
         reports: What became of the rows, by the name of the set.
+        origins: Where they come from, by the name of the set.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Preparation:
     ) -> None:
         self.args, self.objective, self.reference = args, objective, reference
         self.reports: dict[str, DataReport] = {}
+        self.origins: dict[str, dict[str, Any]] = {}
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "limits": args.token_limits,
@@ -96,6 +100,7 @@ class Preparation:
             raise TypeError(
                 f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list."
             )
+        self.origins[name] = data_origin(dataset)
         with self.args.main_process_first(desc="tokenising"):
             prepared, report = prepare_dataset(dataset, name=name, **self._options)
         columns = value_columns(prepared.column_names or [])
@@ -107,6 +112,10 @@ class Preparation:
             if self.args.process_index == 0:
                 show(report)
         return prepared
+
+    def name(self, which: str, path_or_id: str, config: str | None = None) -> None:
+        """Say what a data set was loaded by, where that is known."""
+        self.origins[which] = named_origin(self.origins[which], path_or_id, config)
 
     def sets(self, dataset: Any) -> Any:
         """One data set for evaluation, or several by name."""
@@ -145,6 +154,7 @@ def policy_from(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft
         if adapter_folder(model):
             kwargs |= {"gradient_checkpointing": bool(args.gradient_checkpointing)}
             return load_policy(model, peft_config=peft_config, quantization_config=quantization_config, **kwargs)
+        model, kwargs = with_revision(model, kwargs)
         base = load_base(model, quantization_config, **kwargs)
         weights = "4 bit" if is_quantized(base) else str(base.dtype)
         if args.process_index == 0:

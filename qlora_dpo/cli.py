@@ -1,4 +1,4 @@
-"""The command line: `qlora-dpo demo`, `train`, `evaluate`, `score`, `report` and `plan`, also as `python -m qlora_dpo`.
+"""The command line: `qlora-dpo demo`, `train`, `evaluate` and the others in `COMMANDS`, also as `python -m qlora_dpo`.
 
 Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config file.yaml` sets defaults and flags win.
 """
@@ -24,10 +24,18 @@ from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
 from qlora_dpo.footprint import MemoryOptions
+from qlora_dpo.hub import PushError, push_adapter
 from qlora_dpo.judge import judged
 from qlora_dpo.memory import parse_bytes, plan_memory
 from qlora_dpo.model import UNKNOWN, adapter_folder, default_quantization, load_policy, load_tokenizer
-from qlora_dpo.record import read_record, recorded_reference, require_known, saved_adapter, warn_of_reference
+from qlora_dpo.record import (
+    read_record,
+    recorded_reference,
+    require_known,
+    saved_adapter,
+    warn_of_reference,
+    weights_hash,
+)
 from qlora_dpo.report import write_report
 from qlora_dpo.rewardbench import as_conversations, section_scores
 from qlora_dpo.score import score_file
@@ -98,7 +106,7 @@ class ModelArguments:
 class EvaluationArguments:
     """What to evaluate."""
 
-    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    adapter: str = field(metadata={"help": "Folder or Hub id of a saved adapter with its qlora_dpo.json."})
     dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .parquet or .csv file or a folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_test_split: str = field(default="train", metadata={"help": "Split to evaluate on."})
@@ -263,6 +271,8 @@ def train(words: Sequence[str]) -> None:
         eval_dataset=test_rows,
         processing_class=tokenizer,
     )
+    for origin in trainer.prepared.origins:
+        trainer.prepared.name(origin, data.dataset_name, data.dataset_config)
     metrics: dict[str, Any] = {}
     if test_rows is not None:
         metrics["before"] = trainer.evaluate()
@@ -275,9 +285,11 @@ def train(words: Sequence[str]) -> None:
         for title in ("before", "after"):
             print(_summary(title, metrics[title]))
         print(found)
-    trainer.save_model()
     trainer.save_state()
+    trainer.save_model(_internal_call=True)  # without pushing: what may fail comes last
     _write_metrics(args.output_dir, metrics)
+    if args.push_to_hub:
+        print(f"adapter pushed to {trainer.push_to_hub()}")
     print(f"adapter saved in {args.output_dir}; judge it with: qlora-dpo evaluate --adapter {args.output_dir}")
 
 
@@ -303,7 +315,7 @@ def evaluate(words: Sequence[str]) -> None:
         | record.loss
         | {
             "reference": recorded_reference(record, given=False),
-            "output_dir": str(Path(adapter, "evaluation")),
+            "output_dir": str(Path(adapter if Path(adapter).is_dir() else adapter.split("/")[-1], "evaluation")),
             "bf16": record.mixed_precision == "bf16",
             "fp16": record.mixed_precision == "fp16",
         }
@@ -338,6 +350,8 @@ def evaluate(words: Sequence[str]) -> None:
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
     if chosen.benchmark:
         metrics["rewardbench"] = _section_scores(trainer)
+    trainer.prepared.name("eval", chosen.dataset_name, chosen.dataset_config)
+    metrics |= {"adapter_sha256": weights_hash(adapter), "data": trainer.prepared.origins["eval"]}
     _write_metrics(args.output_dir, metrics)
 
 
@@ -351,7 +365,7 @@ def demo(words: Sequence[str]) -> None:
 class ScoreArguments:
     """What to score."""
 
-    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    adapter: str = field(metadata={"help": "Folder or Hub id of a saved adapter with its qlora_dpo.json."})
     source: str = field(
         metadata={"help": "A .jsonl file of rows with `prompt` and `completions`, or chosen and rejected."}
     )
@@ -413,6 +427,25 @@ def plan(words: Sequence[str]) -> None:
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
 
 
+@dataclass
+class PushArguments:
+    """What to push, and where."""
+
+    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    repo_id: str = field(metadata={"help": "user/name on the Hub; made if it is not there."})
+    private: bool = field(default=False, metadata={"help": "Make it private. Default: as the user has set it."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: the main one."})
+    commit_message: str | None = field(default=None, metadata={"help": "First line of the commit."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
+
+
+def push(words: Sequence[str]) -> None:
+    """Push a saved adapter to the Hub: `qlora-dpo push --adapter DIR --repo_id user/name`."""
+    (chosen,) = parse((PushArguments,), words, "qlora-dpo push")
+    options = vars(chosen) | {"private": chosen.private or None}  # False would make public what is private by default
+    print(f"adapter pushed: {push_adapter(options.pop('adapter'), options.pop('repo_id'), **options)}")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "train": train,
@@ -420,6 +453,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "score": score,
     "report": report,
     "plan": plan,
+    "push": push,
 }
 
 
@@ -440,7 +474,7 @@ def main(words: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_warning()
     try:
         COMMANDS[words[0]](words[1:])
-    except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, PushError) as error:
         print(f"qlora-dpo {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
 from qlora_dpo.data import TokenLimits
 from qlora_dpo.layouts import LAYOUTS
@@ -64,7 +63,7 @@ def best_precision() -> str:
     return "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
 
 
-@dataclass
+@dataclass(repr=False)  # a dataclass's own would show `hub_token`
 class QLoRADPOConfig(TrainingArguments):
     """Arguments of `QLoRADPOTrainer`: those of `transformers.TrainingArguments` and the ones below.
 
@@ -252,7 +251,6 @@ class QLoRADPOConfig(TrainingArguments):
         if getattr(self, "activation_checkpointing", False) is None:  # the newer name of the same field
             self.activation_checkpointing = self.gradient_checkpointing
         self._check()
-        self._check_secrets()
         self._know_the_better_direction()
         super().__post_init__()
 
@@ -351,13 +349,18 @@ class QLoRADPOConfig(TrainingArguments):
                 "got True. Leave it out."
             )
 
-    def _check_secrets(self) -> None:
-        """Refuse what would upload a token: Trainer writes its arguments beside a checkpoint that it pushes."""
-        if self.push_to_hub and self.hub_token and HubStrategy(self.hub_strategy) is not HubStrategy.END:
-            raise ValueError(
-                "`hub_token` must be None when checkpoints are pushed, got one: it would be uploaded with them. Set "
-                "HF_TOKEN or log in instead."
-            )
+    def __str__(self) -> str:
+        return "\n".join([f"{type(self).__name__}(", *(f"{k}={v}," for k, v in sorted(self.to_dict().items())), ")"])
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`, for trackers: with no token, also not among `model_init_kwargs`."""
+        found = super().to_dict()
+        options = found.get("model_init_kwargs")
+        if isinstance(options, dict) and "token" in options:
+            found["model_init_kwargs"] = options | {"token": "<TOKEN>"}
+        return found
 
     def _check_choice(self, name: str, value: str, choices: tuple[str, ...]) -> None:
         if value not in choices:

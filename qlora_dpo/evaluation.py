@@ -1,11 +1,14 @@
 """Exact evaluation: the numbers of every pair, kept until the data set is through."""
 
+import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_dpo.measures import accuracy_estimate
 from qlora_dpo.metrics import COLUMNS, summarize
 
 
@@ -64,6 +67,15 @@ class GatheredPairs:
     def rows(self) -> np.ndarray:
         """`(T,)` data-set row of each pair."""
         return np.array([row for row, *_ in self._keys])
+
+    def evaluation(self) -> dict[str, Any]:
+        """Pairs, groups, ties, accuracy with its interval and mean margin; empty without pairs or with a NaN."""
+        margins = self.column("reward_chosen") - self.column("reward_rejected")
+        if not len(margins) or not np.isfinite(margins).all():
+            return {}
+        found = {"pairs": len(margins), "groups": len(self), "ties": float((margins == 0).mean())}
+        accuracy = accuracy_estimate(margins, self.rows())
+        return found | {"accuracy": asdict(accuracy), "margin": math.fsum(margins.tolist()) / len(margins)}
 
     def metrics(self) -> dict[str, float]:
         """Log keys over all pairs."""

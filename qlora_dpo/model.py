@@ -1,13 +1,17 @@
 """Loading: a 4-bit base with LoRA adapters attached, ready to train."""
 
+import contextlib
 import copy
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -17,7 +21,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from qlora_dpo.adapters import (
     free_name,
@@ -35,10 +40,19 @@ from qlora_dpo.adapters import (
 )
 from qlora_dpo.config import best_precision
 from qlora_dpo.offload import keep_embeddings_on_cpu, require_frozen_embeddings
+from qlora_dpo.recompute import checkpoint_activations
 
 RECORD_NAME = "qlora_dpo.json"
 UNKNOWN = "unknown"
 """What a record says of an adapter or a reference that was in memory only."""
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+"""Files of a tokenizer, as patterns."""
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RECORD_NAME)
+"""Files of an adapter; of its weights only safetensors, which cannot run code."""
 
 
 def compute_dtype() -> torch.dtype:
@@ -78,23 +92,107 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
-def adapter_folder(path_or_id: str) -> bool:
-    """Whether a local folder holds an adapter."""
-    return Path(path_or_id, "adapter_config.json").expanduser().is_file()
+def split_revision(path_or_id: str, what: str) -> tuple[str, str | None]:
+    """A path, with `~` expanded, or a Hub id, and the revision that `id@revision` names.
 
-
-def check_path(path_or_id: str, what: str) -> str:
-    """The path, with `~` expanded, or the id; a path that is not there is refused before anything tries a download.
+    A path that is not there is refused before anything tries a download.
 
     Raises:
         FileNotFoundError: If it looks like a path and is not one.
+        ValueError: If nothing stands before or behind the `@`.
     """
     path = Path(path_or_id).expanduser()
     if path.exists():
-        return str(path)
-    if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1:
+        return str(path), None
+    name, at, revision = path_or_id.partition("@")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"The {what} must be a folder or a Hub id, got {path_or_id}. Check the path.")
-    return path_or_id
+    if at and not (name and revision):
+        raise ValueError(f"The {what} must be id@revision, got {path_or_id}. Name a branch, tag or commit.")
+    return name, revision or None
+
+
+def check_path(path_or_id: str, what: str) -> str:
+    """The path, with `~` expanded, or the id with its revision; as `split_revision` refuses them."""
+    name, revision = split_revision(path_or_id, what)
+    return name if revision is None else f"{name}@{revision}"
+
+
+def with_revision(path_or_id: str, options: dict[str, Any], what: str = "model") -> tuple[str, dict[str, Any]]:
+    """A path or id, and keyword arguments of `from_pretrained` with the revision of `id@revision` among them.
+
+    Raises:
+        ValueError: If the keyword arguments name another revision.
+    """
+    name, revision = split_revision(path_or_id, what)
+    asked = options.get("revision")
+    if revision is not None and asked not in (None, revision):
+        raise ValueError(f"`revision` must be left out for {path_or_id}, which names one, got {asked}. Name it once.")
+    return name, options if revision is None else options | {"revision": revision}
+
+
+@contextlib.contextmanager
+def _at_revision(what: str, name: str, revision: str | None) -> Iterator[None]:
+    """Say plainly if a Hub id has no such revision."""
+    try:
+        yield
+    except OSError as error:
+        if RevisionNotFoundError in (type(error), type(error.__cause__)):
+            raise ValueError(
+                f"The {what} must be at a branch, tag or commit of {name}, got {revision!r}, which it does not have. "
+                "Name another."
+            ) from error
+        raise
+
+
+def adapter_folder(path_or_id: str, token: str | bool | None = None) -> bool:
+    """Whether a folder or a Hub id holds an adapter."""
+    name, revision = split_revision(path_or_id, "model")
+    with _at_revision("model", name, revision):
+        return find_adapter_config_file(name, revision=revision, token=token) is not None
+
+
+def local_adapter(path_or_id: str, token: str | bool | None = None) -> str:
+    """The folder of a saved adapter; that of an id lies in the cache, with nothing but the adapter's files.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or id.
+        ValueError: If its weights are not in safetensors.
+    """
+    name, revision = split_revision(path_or_id, "adapter")
+    if Path(name).exists():
+        folder = name
+    else:
+        # an adapter that is not named `default` lies in a sub-folder; so do checkpoints, which are not wanted
+        wanted = [*ADAPTER_FILES, *(f"*/{file}" for file in ADAPTER_FILES), *TOKENIZER_FILES]
+        unwanted = ["checkpoint-*", "last-checkpoint/*"]
+        try:
+            with _at_revision("adapter", name, revision):
+                folder = snapshot_download(
+                    name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, token=token
+                )
+        except (FileNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
+            raise FileNotFoundError(
+                f"The adapter must be a folder or a Hub id, got {path_or_id}: no such folder, and from the Hub "
+                f"{type(error).__name__}. Check the path, or the id, and for a private one that you are logged in."
+            ) from error
+    if Path(folder, CONFIG_NAME).is_file():
+        require_safetensors(folder, path_or_id)
+    return folder
+
+
+def require_safetensors(folder: str, name: str) -> None:
+    """Refuse an adapter without weights in safetensors: a `.bin` file is a pickle, which may run code when read.
+
+    Raises:
+        ValueError: If so.
+    """
+    if not Path(folder, SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"The adapter {name} must have its weights in {SAFETENSORS_WEIGHTS_NAME}, got none (a {WEIGHTS_NAME} is "
+            "not read: it may run code). If you trust it, load it with PeftModel.from_pretrained, save it with "
+            "save_pretrained, and name that folder."
+        )
 
 
 def device_map() -> dict[str, Any]:
@@ -116,7 +214,7 @@ def load_base(
     """A causal LM without adapters: in NF4 unless told otherwise, the rest of its weights in 16 bit.
 
     Args:
-        model_id: Hub id or folder.
+        model_id: Hub id, perhaps as `id@revision`, or folder.
         quantization_config: How to quantise; None for `default_quantization()`.
         quantize: False to load the weights as they are.
         quantize_head: Whether the head is in 4 bit too; transformers leaves it in 16 bit.
@@ -139,7 +237,9 @@ def load_base(
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     kwargs.setdefault("dtype", compute_dtype())
     kwargs.setdefault("device_map", device_map())
-    model = AutoModelForCausalLM.from_pretrained(check_path(model_id, "model"), **kwargs)
+    name, kwargs = with_revision(model_id, kwargs)
+    with _at_revision("model", name, kwargs.get("revision")):
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     model.config.use_cache = False
     keep_one_arithmetic(model)
     head = model.get_output_embeddings()
@@ -206,10 +306,11 @@ def load_policy(
     """A 4-bit base with LoRA adapters attached, ready to train.
 
     Args:
-        model_id: Hub id or folder of the base model, or of an adapter (its base is then looked up).
+        model_id: Hub id, perhaps as `id@revision`, or folder of the base model, or of an adapter (its base is then
+            looked up).
         peft_config: The new adapter; None for LoRA of rank 16 on every linear layer but the head. With `adapter`, it is
             stacked on that one, which is frozen.
-        adapter: Hub id or folder of a trained adapter to load: to go on with, or to stack `peft_config` on. What it was
+        adapter: The same of a trained adapter to load: to go on with, or to stack `peft_config` on. What it was
             itself stacked on, as its `qlora_dpo.json` says, is loaded below it.
         quantization_config: How to quantise the base; None for NF4 with double quantisation and 16-bit compute.
         quantize: False to keep the base in 16 bit.
@@ -229,22 +330,24 @@ def load_policy(
 
     Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
     """
-    if adapter_folder(model_id):
+    token = model_kwargs.get("token")
+    if adapter_folder(model_id, token):
         if adapter is not None:
             raise ValueError(
                 f"`model_id` must be a base model where `adapter` is given, got the adapter {model_id}. Name its base; "
                 "to train on top of an adapter, pass it as `adapter`, with a `peft_config`."
             )
-        adapter, model_id = model_id, base_of(model_id)
+        adapter, model_id = model_id, base_of(model_id, token)
+    model_id, model_kwargs = with_revision(model_id, model_kwargs)
     if adapter is not None and "revision" not in model_kwargs:
-        revision = PeftConfig.from_pretrained(check_path(adapter, "adapter")).revision
+        revision = PeftConfig.from_pretrained(local_adapter(adapter, token)).revision
         model_kwargs |= {"revision": revision} if revision else {}
     where = {"quantize_head": quantize_head, "embeddings_on_cpu": embeddings_on_cpu}
     base = load_base(model_id, quantization_config, quantize, **where, **model_kwargs)
     if adapter is None:
         policy = attach_adapter(base, peft_config, model_kwargs.get("revision"))
     else:
-        policy = _with_trained(base, check_path(adapter, "adapter"), peft_config)
+        policy = _with_trained(base, check_path(adapter, "adapter"), peft_config, token)
         for config in policy.peft_config.values():
             config.revision = model_kwargs.get("revision")
     require_frozen_embeddings(policy)
@@ -253,26 +356,29 @@ def load_policy(
     return policy
 
 
-def _with_trained(base: PreTrainedModel, adapter: str, peft_config: PeftConfig | None) -> PeftModel:
+def _with_trained(
+    base: PreTrainedModel, adapter: str, peft_config: PeftConfig | None, token: str | bool | None = None
+) -> PeftModel:
     """A trained adapter on its base: to go on with, on what it was stacked on, or frozen under a new one.
 
     The policy's `adapter_sources` remembers where each came from, for the record beside the trained adapter.
     """
+    folder = local_adapter(adapter, token)
     below = adapters_below(adapter) if peft_config is None else [*adapters_below(adapter), adapter]
     if not below:
-        policy = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
         require_all_weights(policy, adapter, "default")
         policy.adapter_sources = {"default": adapter}
         return policy
     require_intact_base(below[0])
-    policy = PeftModel.from_pretrained(base, below[0], adapter_name="below")
+    policy = PeftModel.from_pretrained(base, local_adapter(below[0]), adapter_name="below")
     require_all_weights(policy, below[0], "below")
     policy.adapter_sources = {"below": below[0]}
     for source in below[1:]:
         name = add_saved_adapter(policy, source, "below")
         policy.adapter_sources[name] = source
     policy.base_model.set_adapter(list(policy.adapter_sources))
-    name = stack_adapter(policy, peft_config or PeftConfig.from_pretrained(adapter))
+    name = stack_adapter(policy, peft_config or PeftConfig.from_pretrained(folder))
     if peft_config is None:
         require_all_weights(policy, adapter, name)
         policy.adapter_sources[name] = adapter
@@ -285,7 +391,7 @@ def adapters_below(adapter: str) -> list[str]:
     Raises:
         ValueError: If they were in memory only.
     """
-    record = Path(adapter, RECORD_NAME)
+    record = Path(local_adapter(adapter), RECORD_NAME)
     below = json.loads(record.read_text()).get("stacked_on") if record.is_file() else None
     if below == UNKNOWN:
         raise ValueError(
@@ -301,7 +407,8 @@ def add_saved_adapter(policy: PeftModel, source: str, stem: str) -> str:
     Raises:
         ValueError: If it is of another kind, changes the base, or does not fit the model.
     """
-    config = PeftConfig.from_pretrained(source)
+    folder = local_adapter(source)
+    config = PeftConfig.from_pretrained(folder)
     require_intact_base(source)
     kind = policy.peft_config[policy.active_adapters[0]].peft_type
     if config.peft_type != kind:
@@ -311,7 +418,7 @@ def add_saved_adapter(policy: PeftModel, source: str, stem: str) -> str:
         )
     name = free_name(policy, stem)
     flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    policy.load_adapter(source, name, is_trainable=False)
+    policy.load_adapter(folder, name, is_trainable=False)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
     require_all_weights(policy, source, name)
@@ -324,7 +431,7 @@ def require_intact_base(source: str) -> None:
     Raises:
         ValueError: If it would.
     """
-    config = PeftConfig.from_pretrained(source)
+    config = PeftConfig.from_pretrained(local_adapter(source))
     if loading_changes_base(config):
         raise ValueError(
             f"The adapter {source} must leave the base as it is, got init_lora_weights={config.init_lora_weights!r}. "
@@ -338,7 +445,7 @@ def require_all_weights(policy: PeftModel, source: str, name: str) -> None:
     Raises:
         ValueError: If the adapter is of another model.
     """
-    state = load_peft_weights(source, device="cpu")
+    state = load_peft_weights(local_adapter(source), device="cpu")
     expected = set(get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False))
     given = {key for key in state if policy.base_model.prefix in key or key in expected}
     if given != expected:
@@ -349,26 +456,24 @@ def require_all_weights(policy: PeftModel, source: str, name: str) -> None:
     set_peft_model_state_dict(policy, state, adapter_name=name)
 
 
-def base_of(adapter: str) -> str:
+def base_of(adapter: str, token: str | bool | None = None) -> str:
     """The base model that an adapter names."""
-    return str(PeftConfig.from_pretrained(check_path(adapter, "adapter")).base_model_name_or_path)
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Turn on gradient checkpointing that works with frozen embeddings: the non-reentrant kind."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return str(PeftConfig.from_pretrained(local_adapter(adapter, token)).base_model_name_or_path)
 
 
 def load_tokenizer(path_or_id: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model or adapter, with a padding token (EOS if it has none)."""
-    if adapter_folder(path_or_id) and not list(Path(path_or_id).glob("tokenizer*")):
-        path_or_id = base_of(path_or_id)
-    tokenizer = AutoTokenizer.from_pretrained(check_path(path_or_id, "tokenizer"), **kwargs)
-    return with_pad_token(tokenizer)
+    if adapter_folder(path_or_id):
+        folder = local_adapter(path_or_id)
+        if list(Path(folder).glob("tokenizer*")):
+            path_or_id = folder
+        else:
+            config = PeftConfig.from_pretrained(folder)
+            path_or_id = str(config.base_model_name_or_path)
+            kwargs.setdefault("revision", config.revision or "main")
+    name, kwargs = with_revision(path_or_id, kwargs, "tokenizer")
+    with _at_revision("tokenizer", name, kwargs.get("revision")):
+        return with_pad_token(AutoTokenizer.from_pretrained(name, **kwargs))
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -382,8 +487,9 @@ def load_trained(policy: PeftModel, folder: str) -> None:
     """Put the trained adapter that was saved in a folder into the policy; nothing else changes."""
     for name in trained_adapters(policy):
         where = folder if name == "default" else str(Path(folder, name))
-        if not any(Path(where, file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        if not Path(where, SAFETENSORS_WEIGHTS_NAME).is_file():
             raise FileNotFoundError(
-                f"A checkpoint must hold the adapter's weights, got none in {where}. Check the path."
+                f"A checkpoint must hold the adapter's weights in {SAFETENSORS_WEIGHTS_NAME}, got none in {where}. "
+                "Check the path."
             )
         require_all_weights(policy, where, name)

@@ -7,6 +7,15 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Turn on gradient checkpointing that works with frozen embeddings: the non-reentrant kind."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def resolve_keep_layers(asked: int | str | None, layers: int) -> int:
     """How many of the last layers keep their activations.
 

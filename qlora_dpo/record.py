@@ -1,5 +1,6 @@
 """`qlora_dpo.json`: what lies beside a saved adapter, and all that is needed to read its rewards again."""
 
+import hashlib
 import json
 import warnings
 from dataclasses import asdict, dataclass, field, fields
@@ -7,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
-from qlora_dpo.model import RECORD_NAME, UNKNOWN
+from qlora_dpo.model import RECORD_NAME, UNKNOWN, local_adapter
+from qlora_dpo.origins import base_commit, base_licence, versions
 from qlora_dpo.reference import Reference, reference_hash
 
 
@@ -34,6 +37,12 @@ class AdapterRecord:
         max_length: Most tokens of prompt + completion in training, or None.
         max_prompt_length: Most tokens of a prompt, or None.
         pair_strategy: How scores or ranks became pairs.
+        base_commit: Commit of the base that was loaded, if it came from the Hub.
+        licence: `license`, `license_name`, `license_link` of the base, as its card has them.
+        datasets: `data_origin` of each data set by name.
+        evaluations: What `GatheredPairs.evaluation` says of each evaluation at the step of these weights, by name.
+        training: `TRAINING_FIELDS`, and the number of processes.
+        versions: Of the packages that decide the numbers.
     """
 
     base: str
@@ -51,6 +60,19 @@ class AdapterRecord:
     reference_source: str | None = None
     reference_hash: str | None = None
     stacked_on: str | None = None
+    base_commit: str | None = None
+    licence: dict[str, str] = field(default_factory=dict)
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+TRAINING_FIELDS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "seed"),
+)
+"""Fields of the configuration that the model card shows."""
 
 
 def write_record(
@@ -60,6 +82,8 @@ def write_record(
     reference: Reference,
     given: bool = False,
     bco_delta: float = 0.0,
+    datasets: dict[str, dict[str, Any]] | None = None,
+    evaluations: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Write the record of a policy beside its adapter: PEFT saves one that is not named `default` in a sub-folder.
 
@@ -70,6 +94,8 @@ def write_record(
         reference: What the policy was compared with.
         given: Whether the training data brought its own log-probabilities instead.
         bco_delta: The running mean of rewards.
+        datasets: `data_origin` of each data set by name.
+        evaluations: What evaluations of these very weights gave, by name.
     """
     names, below = trained_adapters(policy), frozen_adapters(policy)
     sources = getattr(policy, "adapter_sources", {})
@@ -77,9 +103,17 @@ def write_record(
     quantization = getattr(base.config, "quantization_config", None)
     described = quantization.to_dict() if quantization is not None else None
     adapter = policy.peft_config[names[0]]
+    name = adapter.base_model_name_or_path or base.config._name_or_path
+    training = {key: getattr(args, key, None) for key in TRAINING_FIELDS} | {"processes": args.world_size}
     record = AdapterRecord(
-        base=adapter.base_model_name_or_path or base.config._name_or_path,
+        base=name,
         base_revision=adapter.revision,
+        base_commit=base_commit(name, adapter.revision),
+        licence=base_licence(name, adapter.revision),
+        datasets=datasets or {},
+        evaluations=evaluations or {},
+        training={key: getattr(value, "value", value) for key, value in training.items()},
+        versions=versions(),
         quantization=described,
         dtype=str(base.dtype).removeprefix("torch."),
         mixed_precision=args.arithmetic,
@@ -101,15 +135,14 @@ def write_record(
 
 
 def read_record(folder: str) -> AdapterRecord:
-    """The record beside an adapter.
+    """The record beside an adapter, in a folder or on the Hub.
 
     Raises:
         FileNotFoundError: If there is none.
     """
-    path = Path(folder, RECORD_NAME)
+    path = Path(local_adapter(folder), RECORD_NAME)
     if not path.is_file():
-        way_out = "Train it again." if Path(folder).is_dir() else "Check the path."
-        raise FileNotFoundError(f"The adapter must lie beside its {RECORD_NAME}, got none in {folder}. {way_out}")
+        raise FileNotFoundError(f"The adapter must lie beside its {RECORD_NAME}, got none in {folder}. Train it again.")
     found = json.loads(path.read_text())
     found.setdefault("loss", {name: found[name] for name in LOSS_FIELDS if name in found})  # as 0.1.0 wrote it
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
@@ -135,9 +168,16 @@ def check_same_reference(folder: str, policy: PeftModel, reference: Reference, g
 
 
 def saved_adapter(folder: str) -> str:
-    """The folder that holds the adapter: PEFT puts one that is not named `default` in a sub-folder of its name."""
-    inside = [path.parent for path in Path(folder).glob("*/adapter_config.json")]
-    return str(inside[0]) if len(inside) == 1 and not Path(folder, "adapter_config.json").is_file() else folder
+    """What holds the adapter: PEFT puts one that is not named `default` in a sub-folder of its name."""
+    local = Path(local_adapter(folder))
+    inside = [path.parent for path in local.glob("*/adapter_config.json")]
+    return str(inside[0]) if len(inside) == 1 and not Path(local, "adapter_config.json").is_file() else folder
+
+
+def weights_hash(folder: str) -> str:
+    """SHA-256 of the weights of a saved adapter, by which an evaluation is known to be of them."""
+    with Path(local_adapter(saved_adapter(folder)), SAFETENSORS_WEIGHTS_NAME).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def recorded_reference(record: AdapterRecord, given: bool) -> str:

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from qlora_dpo.adapters import (
     adapter_weights,
@@ -31,7 +30,15 @@ from qlora_dpo.adapters import (
 from qlora_dpo.averaging import Factors, averaged, recompressed
 from qlora_dpo.cache import weights_fingerprint
 from qlora_dpo.forward import install_scoring, noise_off, score_batch
-from qlora_dpo.model import adapters_below, add_saved_adapter, check_path, is_quantized, keep_one_arithmetic, load_base
+from qlora_dpo.model import (
+    adapter_folder,
+    adapters_below,
+    add_saved_adapter,
+    check_path,
+    is_quantized,
+    keep_one_arithmetic,
+    load_base,
+)
 
 REFERENCES = ("auto", "base", "initial", "none")
 """What the option `reference` names; anything else is a path or id."""
@@ -467,7 +474,7 @@ def _loaded(
 ) -> Reference:
     """An adapter, on what it was stacked on, or a model by its path or id."""
     source = check_path(path_or_id, "reference")
-    if find_adapter_config_file(source) is None:
+    if not adapter_folder(source):
         return ModelReference(load_base(source, quantize=in_4bit, **model_kwargs), chunk_size, source)
     names = [add_saved_adapter(policy, one, ADAPTER_NAME) for one in (*adapters_below(source), source)]
     return AdapterReference(policy, names, chunk_size, source)

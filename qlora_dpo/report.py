@@ -88,8 +88,8 @@ def write_report(run_dir: str) -> str:
     reports = {when: found for when, path in folders.items() if (found := _report(path / "report.json", notes))}
     pairs = {when: path / "pairs.jsonl" for when, path in folders.items() if (path / "pairs.jsonl").is_file()}
     notes += [f"evaluation/{when}/pairs.jsonl is missing." for when in folders if when not in pairs]
-    curves, distributions, slices = _curves(state["log_history"]), _distributions(reports, pairs), _slices(reports)
-    notes += _pictures(run / PICTURES, [*curves, *distributions, *slices])
+    curves, distributions, slices = curve_charts(state["log_history"]), _distributions(reports, pairs), _slices(reports)
+    notes += write_pictures(run / PICTURES, [*curves, *distributions, *slices])
     title = escaped(f"Preference training of {run.resolve().name}")
     sections = {
         "Result": _headline(reports, metrics),
@@ -121,15 +121,23 @@ def _modes() -> str:
     )
 
 
-def _pictures(folder: Path, charts: Sequence[Chart]) -> list[str]:
+def write_pictures(folder: Path, charts: Sequence[Chart]) -> list[str]:
     """Write each chart as a PNG; returns notes on what could not be."""
     if charts and find_spec("resvg_py") is None:
         return ["The charts as PNG: pip install 'qlora-dpo[report]' and write the report again."]
     for chart in charts:
         folder.mkdir(exist_ok=True)
-        name = re.sub("[^a-z]+", "-", chart.title.lower()).strip("-")
-        (folder / f"{name}.png").write_bytes(chart.png())
+        (folder / picture_name(chart.title)).write_bytes(chart.png())
     return []
+
+
+def picture_name(title: str) -> str:
+    """What the file of a chart is called.
+
+    >>> picture_name("Log-probabilities, nats")
+    'log-probabilities-nats.png'
+    """
+    return re.sub("[^a-z]+", "-", title.lower()).strip("-") + ".png"
 
 
 def _state(run: Path) -> dict[str, Any]:
@@ -238,7 +246,8 @@ def _lines(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> lis
     return [line for line in lines if line.points]
 
 
-def _curves(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def curve_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """The `CURVES` that a log history has numbers for."""
     return [line_chart(title, lines) for title, keys in CURVES.items() if (lines := _lines(history, keys))]
 
 

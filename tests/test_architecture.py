@@ -11,7 +11,7 @@ PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
     {"offload", "recompute"},
-    {"preferences", "scores", "losses", "logps", "metrics", "cache", "averaging", "adapters", "lora"},
+    {"preferences", "scores", "origins", "losses", "logps", "metrics", "cache", "averaging", "adapters", "lora"},
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},
     {"objective", "layouts", "segments", "kernels", "attention", "data", "sampling", "budget"},
@@ -20,8 +20,11 @@ LAYERS = [
     {"reference", "shapes", "footprint"},
     {"memory", "record", "arguments", "proof", "precomputed", "step", "callbacks"},
     {"evaluation", "generations", "training"},
+    {"report"},
+    {"card"},
+    {"hub"},
     {"trainer"},
-    {"demo", "judge", "score", "report"},
+    {"demo", "judge", "score"},
     {"cli"},
     {"__main__", "__init__"},
 ]

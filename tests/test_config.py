@@ -87,3 +87,14 @@ def test_every_option_that_is_not_built_is_tested():
 def test_what_is_not_built_is_refused_and_never_ignored(tmp_path, name):
     with pytest.raises(NotImplementedError, match=f"`{name}` must be"):
         make(tmp_path, **{name: ASKED[name]})
+
+
+def test_no_token_is_shown_or_given_to_a_tracker(tmp_path):
+    """A dataclass of a dataclass has a `repr` of its own, which showed `hub_token`."""
+    args = make(tmp_path, hub_token="hf_secret", model_init_kwargs={"token": "hf_other", "revision": "v1"})
+    for text in (repr(args), str(args), args.to_json_string(), str(args.to_sanitized_dict())):
+        assert "hf_secret" not in text
+        assert "hf_other" not in text
+        assert "v1" in text
+    assert args.hub_token == "hf_secret"
+    assert args.model_init_kwargs["token"] == "hf_other"

@@ -10,8 +10,8 @@ from qlora_dpo.adapters import adapters_disabled
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
 from qlora_dpo.losses import dpo_loss
-from qlora_dpo.model import checkpoint_activations
 from qlora_dpo.proof import prove_layout
+from qlora_dpo.recompute import checkpoint_activations
 
 from reference_impl import completion_logps, groups_loss
 from tiny_models import ARCHITECTURES, ROW_LOCAL, add_lora, build, make_groups

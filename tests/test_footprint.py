@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy, plan_memory, training
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.logps import LogitRule, frozen_head_token_scores
-from qlora_dpo.model import checkpoint_activations
 from qlora_dpo.offload import activations_moved
-from qlora_dpo.recompute import decoder_layers, keep_last_layers
+from qlora_dpo.recompute import checkpoint_activations, decoder_layers, keep_last_layers
 
 from allocations import bytes_of, peak_of
 from tiny_chat import CHAT_ROWS, build_chat_tokenizer

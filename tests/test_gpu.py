@@ -13,9 +13,9 @@ from qlora_dpo import QLoRADPOTrainer, kernels, load_policy, score_completions
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.kernels import FLASH_ATTN, FLEX, VARLEN, Case, Recipe, by_segment, choose
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
-from qlora_dpo.model import checkpoint_activations
 from qlora_dpo.offload import activations_moved
 from qlora_dpo.proof import prove_layout
+from qlora_dpo.recompute import checkpoint_activations
 from qlora_dpo.score import load_scorer
 from qlora_dpo.segments import RowPlan
 

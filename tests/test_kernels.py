@@ -29,7 +29,7 @@ from qlora_dpo.kernels import (
     trial,
 )
 from qlora_dpo.layouts import Segment, make_batch
-from qlora_dpo.model import checkpoint_activations
+from qlora_dpo.recompute import checkpoint_activations
 from qlora_dpo.segments import RowPlan
 
 from random_rows import random_groups

@@ -16,8 +16,9 @@ from qlora_dpo.cli import main
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
-from qlora_dpo.model import checkpoint_activations, default_quantization, load_base
+from qlora_dpo.model import default_quantization, load_base
 from qlora_dpo.offload import activations_moved, keep_embeddings_on_cpu
+from qlora_dpo.recompute import checkpoint_activations
 
 from one_step import one_step
 from tiny_chat import build_tiny_llama

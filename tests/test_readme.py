@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qlora_dpo import QLoRADPOConfig
-from qlora_dpo.cli import DataArguments, EvaluationArguments, ModelArguments, PlanArguments, main, parse
+from qlora_dpo.cli import DataArguments, EvaluationArguments, ModelArguments, PlanArguments, PushArguments, main, parse
 from qlora_dpo.footprint import MemoryOptions
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +43,7 @@ def test_command_lines_of_the_readme_are_understood():
     classes = {
         "train": TRAIN,
         "evaluate": (EvaluationArguments, QLoRADPOConfig),
+        "push": (PushArguments,),
         "plan": (PlanArguments, MemoryOptions),
     }
     assert {line.split()[1] for line in lines} == set(classes)

@@ -326,7 +326,7 @@ def test_a_file_that_was_not_written_here_is_left_alone(counted, rows_path, tmp_
 
 def test_a_mistake_before_the_first_row_does_not_bind_the_target(adapter, rows_path, tmp_path):
     target = str(tmp_path / "scored.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"qlora_dpo\.json"):
+    with pytest.raises(FileNotFoundError, match="must be a folder or a Hub id"):
         score_file(f"{adapter}-typo", rows_path, target)
     assert score_file(adapter, rows_path, target) == 12
 

@@ -7,7 +7,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from qlora_dpo import segments as rows
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import Segment, make_batch
-from qlora_dpo.model import checkpoint_activations
+from qlora_dpo.recompute import checkpoint_activations
 from qlora_dpo.segments import BLOCK, RowPlan, visible
 
 from random_rows import random_groups

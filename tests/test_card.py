@@ -1,0 +1,267 @@
+"""The model card: what it says, that the Hub's own reader takes it, and that it is made anew each time."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+from qlora_dpo import QLoRADPOTrainer, load_policy
+from qlora_dpo.card import MARK, escaped, is_own, shown, write_card
+from qlora_dpo.cli import main
+from qlora_dpo.origins import base_licence, data_origin, named_origin, versions
+
+from tiny_chat import CHAT_ROWS
+
+
+class NoDuplicates(yaml.SafeLoader):
+    """YAML whose keys may not repeat: the usual loaders keep the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        assert len(keys) == len(set(keys)), keys
+        return super().construct_mapping(node, deep)
+
+
+@pytest.fixture(scope="module")
+def run(base_folder, tmp_path_factory):
+    """A training from the command line, with an evaluation before and after."""
+    folder = tmp_path_factory.mktemp("my runs")
+    base, rows = folder / "secret-place" / "tiny-base", folder / "secret-place" / "rows.jsonl"
+    shutil.copytree(base_folder, base)
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n# Tiny\n")
+    rows.write_text("".join(json.dumps(row) + "\n" for row in CHAT_ROWS))
+    words = [
+        "train", "--model_name_or_path", str(base), "--dataset_name", str(rows),
+        "--output_dir", str(folder / "tiny-dpo"),
+        "--dataset_train_split", "train[:8]", "--dataset_test_split", "train[8:]", "--learning_rate", "1e-2",
+        "--report_to", "none", "--save_strategy", "steps", "--save_steps", "2", "--disable_tqdm", "true",
+        "--max_steps", "2", "--logging_steps", "1", "--ld_alpha", "0.5", "--beta", "0.25",
+    ]  # fmt: skip
+    assert main(words) == 0
+    return folder / "tiny-dpo"
+
+
+@pytest.fixture
+def adapter(run, tmp_path):
+    """A copy of that run which a test may change."""
+    return Path(shutil.copytree(run, tmp_path / "tiny-dpo"))
+
+
+def text_of(folder):
+    return (Path(folder) / "README.md").read_text()
+
+
+def test_the_card_says_what_was_trained_on_what_and_how_well(run):
+    text, report = text_of(run), json.loads((run / "evaluation" / "after" / "report.json").read_text())
+    accuracy = report["accuracy"]
+    interval = f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
+    for words in (
+        "# tiny-dpo", "tiny-base", "NF4, double quantisation, bfloat16 compute", "rank 16, alpha 32", "`q_proj`",
+        "loss `sigmoid`, beta 0.25", "| `ld_alpha` | 0.5 |", "| `learning_rate` | 0.01 |", "| steps | 2 |",
+        "the base model, with its adapters disabled", "rows.jsonl, 8 rows", "split train\\[:8\\]", interval,
+        f"{report['reference_accuracy']['value']:.3f}", "peak memory", "a second", "charts/loss.png",
+        "PeftModel.from_pretrained(base, 'tiny-dpo')", "load_policy('tiny-base', adapter='tiny-dpo')",
+        "qlora-dpo merge", "vllm serve tiny-base --enable-lora --max-lora-rank 16", "## Limits",
+        *(f"{package} {found}" for package, found in versions().items()),
+    ):  # fmt: skip
+        assert words in text, words
+    assert set(versions()) >= {"torch", "transformers", "peft", "bitsandbytes"}
+    for picture in re.findall(r"\]\((charts/.*?)\)", text):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_path_of_this_machine_is_in_a_card(run):
+    for card in run.rglob("README.md"):
+        assert "secret-place" not in card.read_text()
+        assert str(run.parent) not in card.read_text()
+
+
+def test_the_python_of_the_card_is_python(run):
+    for source in re.findall(r"```python\n(.*?)```", text_of(run), re.DOTALL):
+        compile(source, "card", "exec")
+
+
+def test_the_head_is_what_the_hub_reads(run):
+    card, report = ModelCard.load(run / "README.md"), run / "evaluation" / "after" / "report.json"
+    data, judged = card.data, json.loads(report.read_text())
+    assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "text-generation", "other")
+    assert (data["license_name"], data["license_link"]) == ("tiny", "LICENSE")
+    assert {"dpo", "qlora-dpo", "lora", "sigmoid"} <= set(data.tags)
+    assert data.base_model is None  # a folder is no id: the Hub would take it for somebody's model
+    accuracy, margin = data.eval_results
+    assert (data.model_name, accuracy.metric_type, accuracy.dataset_name) == ("tiny-dpo", "accuracy", "rows.jsonl")
+    assert accuracy.metric_value == judged["accuracy"]["value"]
+    assert accuracy.metric_args["low"] == judged["accuracy"]["low"]
+    assert margin.metric_value == pytest.approx(judged["margin"]["mean"])
+    index = metadata_load(run / "README.md")["model-index"]
+    name, results = model_index_to_eval_results(index)
+    assert eval_results_to_model_index(name, results) == index
+    head = text_of(run).split("---\n")[1]
+    assert yaml.load(head, NoDuplicates) == metadata_load(run / "README.md")
+    assert str(ModelCard(str(card))) == str(card)
+
+
+def test_ids_of_base_and_data_are_in_the_head(adapter):
+    record = json.loads((adapter / "qlora_dpo.json").read_text())
+    record |= {"base": "Qwen/Qwen2.5-7B", "base_revision": "v1", "base_commit": "ab" * 20, "licence": {}}
+    origin = {"name": "trl-lib/uf", "id": "trl-lib/uf", "revision": "cd" * 20, "config": "default", "split": "train"}
+    record["datasets"] = {"train": origin, "eval": origin | {"split": "test"}}
+    (adapter / "qlora_dpo.json").write_text(json.dumps(record))
+    write_card(str(adapter), "me/uf-dpo", tags="mine", language="en", license="mit")
+    data = ModelCard.load(adapter / "README.md").data
+    assert (data.base_model, data["base_model_relation"]) == ("Qwen/Qwen2.5-7B", "adapter")
+    assert (data.datasets, data.license, data.language) == (["trl-lib/uf"], "mit", "en")
+    assert "mine" in data.tags
+    result = data.eval_results[0]
+    assert (result.dataset_type, result.dataset_split, result.dataset_revision) == ("trl-lib/uf", "test", "cd" * 20)
+    text = text_of(adapter)
+    assert f"Qwen/Qwen2.5-7B (revision v1, commit {'ab' * 20})" in text
+    assert "from_pretrained('Qwen/Qwen2.5-7B', revision='v1')" in text
+    assert "me/uf-dpo" in text
+
+
+def test_every_save_makes_the_card_anew(adapter):
+    first = text_of(adapter)
+    for _ in range(2):
+        (adapter / "README.md").write_text("---\nlibrary_name: peft\n---\n# Model Card for Model ID\n")
+        write_card(str(adapter))
+        assert text_of(adapter) == first
+
+
+def test_a_broken_card_in_the_folder_or_a_card_that_cannot_be_made_stops_no_save(
+    base_folder, tokenizer, make_args, monkeypatch
+):
+    """PEFT reads the card that is there before it saves, and raises if its head is not YAML."""
+    rows = Dataset.from_list(CHAT_ROWS)
+    args = make_args()
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, rows, None, tokenizer)
+    Path(args.output_dir, "README.md").write_text("---\n: [broken\n---\n")
+    trainer.save_model()
+    assert MARK in text_of(args.output_dir)
+    monkeypatch.setattr("qlora_dpo.card.make_card", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match=r"could not be written \(ZeroDivisionError"):
+        trainer.save_model()
+    assert Path(args.output_dir, "adapter_model.safetensors").is_file()
+
+
+def test_a_card_that_a_person_took_over_is_known(tmp_path):
+    path = tmp_path / "README.md"
+    for text, own in ((f"---\n---\n{MARK}\n# x", False), ("# Model Card for Model ID", False), ("# Mine", True)):
+        path.write_text(text)
+        assert is_own(path) is own
+    assert not is_own(tmp_path / "none.md")
+
+
+def test_checkpoints_have_a_card_of_their_own_without_charts(run):
+    text = text_of(run / "checkpoint-2")
+    assert "# tiny-dpo" in text
+    assert "![" not in text
+    assert "Model Card for Model ID" not in text
+
+
+def test_the_card_has_only_evaluations_of_these_weights(base_folder, tokenizer, make_args, tmp_path):
+    """An evaluation before training, or at an earlier step, says nothing of the weights that are saved."""
+    rows = Dataset.from_list(CHAT_ROWS)
+    args = make_args(max_steps=2, learning_rate=1e-2)
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, rows, {"a": rows, "b|x": rows}, tokenizer)
+    trainer.evaluate()
+    trainer.train()
+    trainer.save_model()
+    assert "These weights were not evaluated." in text_of(args.output_dir)
+    found = trainer.evaluate()
+    trainer.save_model()
+    text = text_of(args.output_dir)
+    assert "| a | 12 |" in text
+    assert "| b\\|x | 12 |" in text
+    assert "unnamed data, 12 rows" in text  # the training set
+    _, results = model_index_to_eval_results(metadata_load(Path(args.output_dir, "README.md"))["model-index"])
+    values = [one.metric_value for one in results if one.metric_type == "accuracy"]
+    assert values == [found["eval_a_rewards/accuracies"], found["eval_b|x_rewards/accuracies"]]
+    assert "README" not in json.dumps(trainer.prepared.origins)
+
+
+def test_the_card_of_the_best_weights_has_their_evaluation(base_folder, tokenizer, make_args):
+    rows = Dataset.from_list(CHAT_ROWS)
+    args = make_args(
+        max_steps=3, learning_rate=1e-2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, rows, rows, tokenizer)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.state.best_global_step == 1
+    line = next(line for line in trainer.state.log_history if line["step"] == 1 and "eval_loss" in line)
+    record = json.loads(Path(args.output_dir, "qlora_dpo.json").read_text())
+    assert record["evaluations"]["eval"]["margin"] == pytest.approx(line["eval_rewards/margins"], rel=1e-6)
+
+
+def test_a_later_evaluation_joins_the_card_if_it_is_of_these_weights(adapter, run):
+    rows = run.parent / "secret-place" / "rows.jsonl"
+    words = ["evaluate", "--adapter", str(adapter), "--dataset_name", str(rows), "--dataset_test_split", "train[:6]"]
+    assert main([*words, "--report_to", "none", "--disable_tqdm", "true"]) == 0
+    write_card(str(adapter))
+    assert "| rows.jsonl train[:6] | 6 |" in text_of(adapter)
+    assert "secret-place" not in text_of(adapter)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    write_card(str(adapter))
+    assert "train[:6]" not in text_of(adapter)
+
+
+def test_an_evaluation_that_is_not_finite_is_no_result(base_folder, tokenizer, make_args):
+    rows = Dataset.from_list(CHAT_ROWS)
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, make_args(), None, None, rows, tokenizer)
+    trainer.evaluate()
+    records = trainer.last_pairs
+    records._table[0, :] = math.nan
+    assert records.evaluation() == {}
+
+
+def test_text_from_data_breaks_no_table_and_no_page():
+    assert escaped("a|b\n<script>*x*`y`") == r"a\|b \<script\>\*x\*\`y\`"
+
+
+def test_of_a_path_the_last_part_is_shown(tmp_path):
+    assert shown(str(tmp_path)) == tmp_path.name
+    assert shown("/no/such/folder") == "folder"
+    assert shown("user/name") == "user/name"
+    assert shown("user/name@v1") == "user/name@v1"
+
+
+# ---- origins ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_file_in_the_cache(tmp_path, monkeypatch):
+    commit = "0123456789" * 4
+    rows = Dataset.from_list([{"a": 1}])
+    file = f"/cache/datasets/Some-Org___ultra_feedback/default/0.0.0/{commit}/ultra_feedback-train.arrow"
+    monkeypatch.setattr(type(rows), "cache_files", property(lambda self: [{"filename": file}]))
+    monkeypatch.setattr("qlora_dpo.origins.constants.HF_HUB_CACHE", str(tmp_path))
+    found = data_origin(rows)
+    assert (found["name"], found["revision"], found["config"]) == ("Some-Org/ultra_feedback", commit, "default")
+    assert "id" not in found  # `ultra_feedback` may be written otherwise
+    (tmp_path / "datasets--Some-Org--UltraFeedback" / "snapshots" / commit).mkdir(parents=True)
+    assert data_origin(rows)["id"] == "Some-Org/UltraFeedback"
+
+
+def test_rows_from_memory_have_no_name():
+    found = data_origin(Dataset.from_list([{"a": 1}, {"a": 2}]))
+    assert set(found) == {"rows", "fingerprint"}
+
+
+def test_a_data_set_is_named_by_its_id_or_by_the_last_part_of_its_path(tmp_path):
+    (tmp_path / "x.jsonl").write_text("{}")
+    assert named_origin({}, str(tmp_path / "x.jsonl")) == {"name": "x.jsonl"}
+    assert named_origin({}, "org/name", "c") == {"name": "org/name", "id": "org/name", "config": "c"}
+
+
+def test_a_licence_that_is_not_known_is_left_out(tmp_path):
+    assert base_licence(str(tmp_path)) == {}
+    assert base_licence("no/such-model") == {}
