@@ -34,6 +34,7 @@ class AdapterRecord:
         max_length: Most tokens of prompt + completion in training, or None.
         max_prompt_length: Most tokens of a prompt, or None.
         pair_strategy: How scores or ranks became pairs.
+        run: What else must stay as it is for a run to go on; empty for a policy that was not trained.
     """
 
     base: str
@@ -51,25 +52,26 @@ class AdapterRecord:
     reference_source: str | None = None
     reference_hash: str | None = None
     stacked_on: str | None = None
+    run: dict[str, Any] = field(default_factory=dict)
 
 
-def write_record(
-    folder: str,
+def record_of(
     policy: PeftModel,
     args: QLoRADPOConfig,
     reference: Reference,
     given: bool = False,
     bco_delta: float = 0.0,
-) -> None:
-    """Write the record of a policy beside its adapter: PEFT saves one that is not named `default` in a sub-folder.
+    run: dict[str, Any] | None = None,
+) -> AdapterRecord:
+    """The record of a policy.
 
     Args:
-        folder: Where the adapter was saved.
         policy: The policy.
         args: The configuration.
         reference: What the policy was compared with.
         given: Whether the training data brought its own log-probabilities instead.
         bco_delta: The running mean of rewards.
+        run: What else must stay as it is for the run to go on.
     """
     names, below = trained_adapters(policy), frozen_adapters(policy)
     sources = getattr(policy, "adapter_sources", {})
@@ -77,7 +79,7 @@ def write_record(
     quantization = getattr(base.config, "quantization_config", None)
     described = quantization.to_dict() if quantization is not None else None
     adapter = policy.peft_config[names[0]]
-    record = AdapterRecord(
+    return AdapterRecord(
         base=adapter.base_model_name_or_path or base.config._name_or_path,
         base_revision=adapter.revision,
         quantization=described,
@@ -93,9 +95,14 @@ def write_record(
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         pair_strategy=args.pair_strategy,
+        run=run or {},
     )
+
+
+def write_record(folder: str, policy: PeftModel, record: AdapterRecord) -> None:
+    """Write the record of a policy beside its adapter: PEFT saves one that is not named `default` in a sub-folder."""
     text = json.dumps(asdict(record), indent=2, default=str)
-    for name in {"", *(name for name in names if name != "default")}:
+    for name in {"", *(name for name in trained_adapters(policy) if name != "default")}:
         Path(folder, name).mkdir(parents=True, exist_ok=True)
         Path(folder, name, RECORD_NAME).write_text(text + "\n")
 
@@ -114,24 +121,6 @@ def read_record(folder: str) -> AdapterRecord:
     found.setdefault("loss", {name: found[name] for name in LOSS_FIELDS if name in found})  # as 0.1.0 wrote it
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
     return AdapterRecord(**{name: value for name, value in found.items() if name in known})
-
-
-def check_same_reference(folder: str, policy: PeftModel, reference: Reference, given: bool = False) -> None:
-    """Refuse to go on from a checkpoint whose rewards are relative to something else.
-
-    Raises:
-        RuntimeError: If they are.
-    """
-    names = [name for name in ("", *trained_adapters(policy)) if Path(folder, name, RECORD_NAME).is_file()]
-    if not names:
-        return
-    record = read_record(str(Path(folder, names[0])))
-    now = ("given" if given else reference.kind, reference_hash(reference))
-    if (record.reference, record.reference_hash) != now:
-        raise RuntimeError(
-            f"The reference must be that of the checkpoint {folder}, got another: {now[0]} ({now[1]}) instead of "
-            f"{record.reference} ({record.reference_hash}). Build the trainer from the same start as the first time."
-        )
 
 
 def saved_adapter(folder: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, denumpify_detensorize
+from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
 from qlora_dpo.adapters import require_trainable, trained_adapters
 from qlora_dpo.arguments import (
@@ -31,6 +32,7 @@ from qlora_dpo.arguments import (
 )
 from qlora_dpo.budget import Rescue, longest_rows
 from qlora_dpo.callbacks import SyncReference, WatchPreferences
+from qlora_dpo.checkpoints import checkpoint_folder, checkpoint_to_resume, rotate, unmark, write_manifest
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
     GROUP_COLUMNS,
@@ -47,7 +49,7 @@ from qlora_dpo.model import keep_one_arithmetic, load_trained
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
-from qlora_dpo.record import check_same_reference, write_record
+from qlora_dpo.record import AdapterRecord, read_record, record_of, write_record
 from qlora_dpo.reference import (
     GIVEN,
     AverageReference,
@@ -56,6 +58,7 @@ from qlora_dpo.reference import (
     starts_at,
     warn_of_itself,
 )
+from qlora_dpo.resuming import check_same_run, run_facts
 from qlora_dpo.sampling import filled, replaced
 from qlora_dpo.step import Step, load_step_state, save_step_state
 from qlora_dpo.training import StepTrainer
@@ -136,6 +139,7 @@ class QLoRADPOTrainer(StepTrainer):
         self.layout_proof: LayoutProof | None = None
         self._proven = False
         self._records: PairRecords | None = None
+        self._run: dict[str, Any] = {}
         self.last_pairs: GatheredPairs | None = None
         self.prepared = Preparation(args, objective, tokenizer, reference)
         self.data_reports = self.prepared.reports
@@ -239,10 +243,24 @@ class QLoRADPOTrainer(StepTrainer):
             precompute(reference, self.model, sets, self.data_collator, size, args.device, share, args.disable_tqdm)
         self.accelerator.wait_for_everyone()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, after the checks on logits, layout and start."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, after the checks on logits, layout and start.
+
+        Args:
+            resume_from_checkpoint: True for the last complete checkpoint in `output_dir`, or the path of one.
+            *args: As in `Trainer`.
+            **kwargs: As in `Trainer`.
+
+        Raises:
+            ValueError: If there is no data, no such checkpoint, or it is of a run with another objective or data.
+        """
         if self.train_dataset is None:
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
+        checkpoint = self._complete_checkpoint(resume_from_checkpoint)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._run = run_facts(self.args, self.train_dataset, self.model, sharded)
+        if checkpoint is not None:
+            check_same_run(checkpoint, read_record(checkpoint), self._record())
         self._prove()
         self.model.train()
         if isinstance(self.reference, CachedReference):
@@ -252,7 +270,20 @@ class QLoRADPOTrainer(StepTrainer):
             self._try_longest()
         self._unprepare()
         self.forget_log()
-        return super().train(*args, **kwargs)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _complete_checkpoint(self, asked: str | bool | None) -> str | None:
+        """The checkpoint to go on from, which the first process finds for all."""
+        found: list[Any] = [None, None]
+        if self.args.process_index == 0:
+            try:
+                found[0] = checkpoint_to_resume(asked, self.args.output_dir)
+            except (OSError, ValueError) as error:
+                found[1] = error
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
 
     def _try_longest(self) -> None:
         """Forward and backward of the longest groups, so that trouble with memory comes in the first minute."""
@@ -362,20 +393,35 @@ class QLoRADPOTrainer(StepTrainer):
         folder = output_dir or self.args.output_dir
         self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained_adapters(self.model))
         self.processing_class.save_pretrained(folder)
-        write_record(folder, self.model, self.args, self.reference, self.given, self.step.bco_delta.mean)
+        write_record(folder, self.model, self._record())
+
+    def _record(self) -> AdapterRecord:
+        """What lies beside the adapter."""
+        return record_of(self.model, self.args, self.reference, self.given, self.step.bco_delta.mean, self._run)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As `Trainer`'s, with the state of the step: a moving reference, a running mean."""
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        """As `Trainer`'s, with the state of the step, and marked as whole before it is pushed or others are deleted."""
+        args, run = self.args, self._get_output_dir(trial=trial)
+        folder = checkpoint_folder(run, self.state.global_step)
+        if args.should_save:
+            unmark(folder)  # one that is written again
+        with replaced(args, "save_total_limit", None), replaced(args, "push_to_hub", False):
+            super()._save_checkpoint(model, trial)
+        self.save_log_state(folder)
+        self.accelerator.wait_for_everyone()  # each has written the state of its random numbers
+        if args.should_save:
             save_step_state(self.step, folder)
+            write_manifest(folder, args.save_only_model)
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            rotate(run, args.save_total_limit, kept=(folder, self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The trained adapter and the step's state; frozen adapters and what is trainable stay as they are."""
-        check_same_reference(resume_from_checkpoint, self.model, self.reference, self.given)
+        """The trained adapter, the step's state and the log's; frozen adapters and what is trainable stay as is."""
         load_trained(self.model, resume_from_checkpoint)
         load_step_state(self.step, Path(resume_from_checkpoint))
+        self.load_log_state(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """The trained adapter of the best checkpoint, and the step's state there."""

@@ -17,7 +17,7 @@ LAYERS = [
     {"config"},
     {"model", "forward"},
     {"reference"},
-    {"record", "arguments", "proof", "precomputed", "step", "callbacks"},
+    {"record", "resuming", "checkpoints", "arguments", "proof", "precomputed", "step", "callbacks"},
     {"evaluation", "generations", "training"},
     {"trainer"},
     {"demo", "judge", "score", "report"},
