@@ -130,6 +130,8 @@ class QLoRADPOTrainer(StepTrainer):
         step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
         self.starts_at_reference = starts_at(reference, policy)
         self._start_checked = False
+        if args.data_seed is None:
+            args.data_seed = args.seed  # or else what torch was last seeded with decides the order of the groups
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False  # processes may make different numbers of forwards
         reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
