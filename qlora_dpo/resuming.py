@@ -5,6 +5,7 @@ micro-batches of the same step): the objective, the data and their order stay.
 """
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -149,11 +150,11 @@ def differences(then: AdapterRecord, now: AdapterRecord) -> list[str]:
 
 
 def _fixed(record: AdapterRecord) -> dict[str, Any]:
-    """By name, what must not change."""
+    """By name, what must not change, as a file has it: plain values."""
     quantization = {name: value for name, value in (record.quantization or {}).items() if not name.startswith("_")}
     kind, weights = record.reference, record.reference_hash
     names = (*_BASE_NAMES, "dtype", "mixed_precision", *_TOKEN_OPTIONS)
-    return {
+    found = {
         "reference": f"{kind} ({weights[:16]})" if weights else kind,
         **{name: getattr(record, name) for name in names},
         "quantization": quantization.pop("quant_method", None),
@@ -161,3 +162,4 @@ def _fixed(record: AdapterRecord) -> dict[str, Any]:
         **record.loss,
         **record.run,
     }
+    return dict(json.loads(json.dumps(found, default=str)))
