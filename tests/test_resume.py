@@ -505,6 +505,15 @@ def test_older_checkpoints_go_when_the_new_one_is_whole(tokenizer, make_args, mo
     assert [path.name for path in Path(args.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
 
 
+def test_a_checkpoint_is_pushed_when_it_is_whole(tokenizer, make_args, monkeypatch):
+    trainer = trainer_of(tokenizer, make_args(max_steps=1, sync_ref_model=True, **SAVING))
+    pushed = []
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", lambda folder: pushed.append((folder, damage(Path(folder)))))
+    trainer.args.push_to_hub = True  # the constructor would ask the Hub
+    trainer.train()
+    assert pushed == [(f"{trainer.args.output_dir}/checkpoint-1", None)]
+
+
 def test_answers_after_the_checkpoint_are_written_once(tokenizer, make_args):
     options = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "sample_generations": 1}
     args = make_args(**(SAVING | options))
