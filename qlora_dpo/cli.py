@@ -277,8 +277,7 @@ def train(words: Sequence[str]) -> None:
     if test_rows is not None:
         metrics["before"] = trainer.evaluate()
         judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "before")))
-    resume = args.resume_from_checkpoint
-    metrics["train"] = trainer.train(resume_from_checkpoint=resume in ("true", "True", True) or resume).metrics
+    metrics["train"] = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     if test_rows is not None:
         metrics["after"] = trainer.evaluate()
         found = judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "after")))

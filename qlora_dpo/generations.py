@@ -46,6 +46,17 @@ class SampleGenerations(TrainerCallback):
         self.num_prompts, self.every, self.max_new_tokens = num_prompts, every, max_new_tokens
         self._evaluations, self._last_step = 0, -1
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where a run goes on: count what was evaluated before, and drop what will be written again."""
+        if not state.global_step:
+            return
+        lines = [line for line in state.log_history if any(key.startswith("eval_") for key in line)]
+        self._evaluations += len({line["step"] for line in lines})
+        path = Path(args.output_dir, GENERATIONS_NAME)
+        if state.is_world_process_zero and path.is_file():
+            kept = [line for line in path.read_text().splitlines(True) if _written_by(line, state.global_step)]
+            path.write_text("".join(kept))
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answer, every `every` evaluations."""
         if state.global_step == self._last_step:
@@ -85,6 +96,14 @@ class SampleGenerations(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if not isinstance(callback, (ProgressCallback, PrinterCallback)):
                 callback.on_log(args, state, control, logs=tables)
+
+
+def _written_by(line: str, step: int) -> bool:
+    """Whether a line of `generations.jsonl` is whole and was written until a step."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except ValueError:  # cut off where the run was stopped
+        return False
 
 
 def first_prompts(sets: Any, count: int) -> list[list[int]]:

@@ -163,7 +163,20 @@ class RunningSums:
         """Add a `(T, len(COLUMNS))` table of a batch that placed `unique_tokens` tokens."""
         extra = torch.tensor([table.shape[0], unique_tokens], dtype=table.dtype, device=table.device)
         row = torch.cat((table[:, : len(COLUMNS)].sum(0), extra))
-        self._total = row if self._total is None else self._total + row
+        self._total = row if self._total is None else self._total.to(row) + row
+
+    def state(self) -> list[float]:
+        """The sums over all processes so far, for a checkpoint; empty if there are none."""
+        if self._total is None:
+            return []
+        total = self._total.clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def load(self, state: Sequence[float]) -> None:
+        """Go on from sums of a checkpoint."""
+        self._total = torch.tensor(state, dtype=torch.float64) if state else None
 
     def take(self) -> tuple[dict[str, float], int, int] | None:
         """Column sums, number of pairs and of unique tokens over all processes since the last call; None if none."""

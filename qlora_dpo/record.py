@@ -43,6 +43,7 @@ class AdapterRecord:
         evaluations: What `GatheredPairs.evaluation` says of each evaluation at the step of these weights, by name.
         training: `TRAINING_FIELDS`, and the number of processes.
         versions: Of the packages that decide the numbers.
+        run: What else must stay as it is for a run to go on; empty for a policy that was not trained.
     """
 
     base: str
@@ -66,6 +67,7 @@ class AdapterRecord:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 TRAINING_FIELDS = (
@@ -75,8 +77,7 @@ TRAINING_FIELDS = (
 """Fields of the configuration that the model card shows."""
 
 
-def write_record(
-    folder: str,
+def record_of(
     policy: PeftModel,
     args: QLoRADPOConfig,
     reference: Reference,
@@ -84,11 +85,11 @@ def write_record(
     bco_delta: float = 0.0,
     datasets: dict[str, dict[str, Any]] | None = None,
     evaluations: dict[str, dict[str, Any]] | None = None,
-) -> None:
-    """Write the record of a policy beside its adapter: PEFT saves one that is not named `default` in a sub-folder.
+    run: dict[str, Any] | None = None,
+) -> AdapterRecord:
+    """The record of a policy.
 
     Args:
-        folder: Where the adapter was saved.
         policy: The policy.
         args: The configuration.
         reference: What the policy was compared with.
@@ -96,6 +97,7 @@ def write_record(
         bco_delta: The running mean of rewards.
         datasets: `data_origin` of each data set by name.
         evaluations: What evaluations of these very weights gave, by name.
+        run: What else must stay as it is for the run to go on.
     """
     names, below = trained_adapters(policy), frozen_adapters(policy)
     sources = getattr(policy, "adapter_sources", {})
@@ -105,7 +107,7 @@ def write_record(
     adapter = policy.peft_config[names[0]]
     name = adapter.base_model_name_or_path or base.config._name_or_path
     training = {key: getattr(args, key, None) for key in TRAINING_FIELDS} | {"processes": args.world_size}
-    record = AdapterRecord(
+    return AdapterRecord(
         base=name,
         base_revision=adapter.revision,
         base_commit=base_commit(name, adapter.revision),
@@ -127,9 +129,14 @@ def write_record(
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         pair_strategy=args.pair_strategy,
+        run=run or {},
     )
+
+
+def write_record(folder: str, policy: PeftModel, record: AdapterRecord) -> None:
+    """Write the record of a policy beside its adapter: PEFT saves one that is not named `default` in a sub-folder."""
     text = json.dumps(asdict(record), indent=2, default=str)
-    for name in {"", *(name for name in names if name != "default")}:
+    for name in {"", *(name for name in trained_adapters(policy) if name != "default")}:
         Path(folder, name).mkdir(parents=True, exist_ok=True)
         Path(folder, name, RECORD_NAME).write_text(text + "\n")
 
@@ -147,24 +154,6 @@ def read_record(folder: str) -> AdapterRecord:
     found.setdefault("loss", {name: found[name] for name in LOSS_FIELDS if name in found})  # as 0.1.0 wrote it
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
     return AdapterRecord(**{name: value for name, value in found.items() if name in known})
-
-
-def check_same_reference(folder: str, policy: PeftModel, reference: Reference, given: bool = False) -> None:
-    """Refuse to go on from a checkpoint whose rewards are relative to something else.
-
-    Raises:
-        RuntimeError: If they are.
-    """
-    names = [name for name in ("", *trained_adapters(policy)) if Path(folder, name, RECORD_NAME).is_file()]
-    if not names:
-        return
-    record = read_record(str(Path(folder, names[0])))
-    now = ("given" if given else reference.kind, reference_hash(reference))
-    if (record.reference, record.reference_hash) != now:
-        raise RuntimeError(
-            f"The reference must be that of the checkpoint {folder}, got another: {now[0]} ({now[1]}) instead of "
-            f"{record.reference} ({record.reference_hash}). Build the trainer from the same start as the first time."
-        )
 
 
 def saved_adapter(folder: str) -> str:

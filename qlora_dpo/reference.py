@@ -156,6 +156,9 @@ class AverageReference(LiveReference):
 
     Until the first `update` it is what it starts from, to the last bit.
 
+    Attributes:
+        error: Largest relative error of a recompression in the last update.
+
     Source: Gorbatovski et al. 2024, arXiv:2404.09656.
     """
 
@@ -179,7 +182,7 @@ class AverageReference(LiveReference):
         if from_base:
             b = [layer.lora_B[self.name].weight for layer in self.layers.values()]
             self._start = [(weight, torch.zeros_like(weight)) for weight in b]
-        self.updates = 0
+        self.updates, self.error = 0, 0.0
         active = list(policy.active_adapters)
         self.hash = None if from_base else weights_fingerprint(_adapter_identity(policy, active).items())
 
@@ -190,15 +193,15 @@ class AverageReference(LiveReference):
         return layer.lora_A[self.name].weight.detach().clone(), b
 
     def update(self) -> float:
-        """Move towards the policy; returns the largest relative error of a recompression."""
-        worst = 0.0
+        """Move towards the policy; returns `error`."""
+        self.error = 0.0
         for path, change in self._change.items():
             device = self.layers[path].lora_A[self.name].weight.device  # which may be another than at the start
             before = None if change is None else (change[0].to(device), change[1].to(device))
             self._change[path], error = recompressed(averaged(before, self._of_policy(path), self.alpha), self.max_rank)
-            worst = max(worst, error)
+            self.error = max(self.error, error)
         self.updates += 1
-        return worst
+        return self.error
 
     def in_force(self) -> contextlib.AbstractContextManager[None]:
         """The averaged change in place of the adapter's."""
@@ -236,7 +239,8 @@ class AverageReference(LiveReference):
         if not self.updates:
             return {}
         named = ((path, factors) for path, factors in self._change.items() if factors is not None)
-        return {f"{path}.{side}": t.cpu().contiguous() for path, ab in named for side, t in zip("AB", ab, strict=True)}
+        state = {f"{path}.{side}": t.cpu().contiguous() for path, ab in named for side, t in zip("AB", ab, strict=True)}
+        return state | {"error": torch.tensor(self.error, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's factors."""
@@ -244,6 +248,7 @@ class AverageReference(LiveReference):
             device = layer.lora_A[self.name].weight.device
             self._change[path] = (state[f"{path}.A"].to(device), state[f"{path}.B"].to(device))
         self.updates += 1
+        self.error = float(state.get("error", 0.0))
 
 
 class ModelReference:

@@ -1,13 +1,11 @@
 """`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
 
-from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
-from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -18,10 +16,9 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, denumpify_detensorize
-from transformers.utils.hub import PushInProgress
+from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
-from qlora_dpo.adapters import require_trainable, trained_adapters
+from qlora_dpo.adapters import require_trainable
 from qlora_dpo.arguments import (
     Preparation,
     announce,
@@ -34,7 +31,7 @@ from qlora_dpo.arguments import (
 )
 from qlora_dpo.budget import Rescue, longest_rows
 from qlora_dpo.callbacks import KeepLayers, SyncReference, WatchPreferences
-from qlora_dpo.card import save_card, write_card
+from qlora_dpo.checkpoints import checkpoint_to_resume
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
     GROUP_COLUMNS,
@@ -44,29 +41,28 @@ from qlora_dpo.data import (
 from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.generations import SampleGenerations
-from qlora_dpo.hub import make_repository, places, upload, upload_later
 from qlora_dpo.layouts import Group, GroupCollator
 from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.metrics import preference_metrics
-from qlora_dpo.model import keep_one_arithmetic, load_trained
+from qlora_dpo.model import keep_one_arithmetic
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
-from qlora_dpo.record import check_same_reference, write_record
+from qlora_dpo.record import read_record
 from qlora_dpo.reference import (
     GIVEN,
     AverageReference,
     ModelReference,
-    Reference,
     starts_at,
     warn_of_itself,
 )
+from qlora_dpo.resuming import check_same_run, run_facts
 from qlora_dpo.sampling import filled, replaced
-from qlora_dpo.step import Step, load_step_state, save_step_state
-from qlora_dpo.training import StepTrainer
+from qlora_dpo.saving import SavingTrainer
+from qlora_dpo.step import Step
 
 
-class QLoRADPOTrainer(StepTrainer):
+class QLoRADPOTrainer(SavingTrainer):
     """Trains LoRA adapters on a (4-bit) base by Direct Preference Optimization.
 
     The constructor is that of TRL's `DPOTrainer`. Logging, checkpoints, resuming, callbacks and progress bars are
@@ -132,6 +128,8 @@ class QLoRADPOTrainer(StepTrainer):
         step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
         self.starts_at_reference = starts_at(reference, policy)
         self._start_checked = False
+        if args.data_seed is None:
+            args.data_seed = args.seed  # or else what torch was last seeded with decides the order of the groups
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False  # processes may make different numbers of forwards
         reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
@@ -142,8 +140,6 @@ class QLoRADPOTrainer(StepTrainer):
         self._proven = False
         self._records: PairRecords | None = None
         self.last_pairs: GatheredPairs | None = None
-        self._judged_at: defaultdict[int, dict[str, Any]] = defaultdict(dict)  # evaluations by step and set
-        self._loaded_step: int | None = None
         self.prepared = Preparation(args, objective, tokenizer, reference)
         self.data_reports = self.prepared.reports
         super().__init__(
@@ -165,20 +161,23 @@ class QLoRADPOTrainer(StepTrainer):
             )
         self.data_collator.max_tokens = args.max_tokens_per_forward
         self.given = "ref_logps" in (getattr(self.train_dataset, "column_names", None) or [])  # instead of a reference
-        handler = self.callback_handler
+        self._add_own_callbacks()
+        self._signature_columns = [*GROUP_COLUMNS, *VALUE_COLUMNS]
+        self.can_return_loss = True
+        self.model.get_base_model().add_model_tags(self._tag_names)
+
+    def _add_own_callbacks(self) -> None:
+        args, handler = self.args, self.callback_handler
         handler.callbacks = [with_preferences(callback) for callback in handler.callbacks]
         self.add_callback(WatchPreferences())
         if args.sample_generations:
             every, tokens = args.sample_generations_every, args.sample_max_new_tokens
             self.add_callback(SampleGenerations(self, args.sample_generations, every, tokens))
         if args.keep_layers:
-            self.add_callback(KeepLayers(policy.get_base_model(), args.keep_layers))
-        if isinstance(reference, AverageReference):
-            self.sync = SyncReference(reference, args.ref_model_sync_steps)
+            self.add_callback(KeepLayers(self.model.get_base_model(), args.keep_layers))
+        if isinstance(self.reference, AverageReference):
+            self.sync = SyncReference(self.reference, args.ref_model_sync_steps)
             self.add_callback(self.sync)
-        self._signature_columns = [*GROUP_COLUMNS, *VALUE_COLUMNS]
-        self.can_return_loss = True
-        self.model.get_base_model().add_model_tags(self._tag_names)
 
     # ---- data ----------------------------------------------------------------------------------------------------
 
@@ -197,11 +196,6 @@ class QLoRADPOTrainer(StepTrainer):
         return loader
 
     # ---- what is checked before the first number is used ---------------------------------------------------------
-
-    @property
-    def reference(self) -> Reference:
-        """What the policy is compared with."""
-        return self.step.reference
 
     def _prove(self) -> None:
         """Check models and vocabulary, choose the layout, and open the cache of the reference, once."""
@@ -248,10 +242,24 @@ class QLoRADPOTrainer(StepTrainer):
             precompute(reference, self.model, sets, self.data_collator, size, args.device, share, args.disable_tqdm)
         self.accelerator.wait_for_everyone()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, after the checks on logits, layout and start."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, after the checks on logits, layout and start.
+
+        Args:
+            resume_from_checkpoint: True for the last complete checkpoint in `output_dir`, or the path of one.
+            *args: As in `Trainer`.
+            **kwargs: As in `Trainer`.
+
+        Raises:
+            ValueError: If there is no data, no such checkpoint, or it is of a run with another objective or data.
+        """
         if self.train_dataset is None:
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
+        checkpoint = self._complete_checkpoint(resume_from_checkpoint)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._run = run_facts(self.args, self.train_dataset, self.model, sharded)
+        if checkpoint is not None:
+            check_same_run(checkpoint, read_record(checkpoint), self._record())
         self._prove()
         self.model.train()
         if isinstance(self.reference, CachedReference):
@@ -262,7 +270,20 @@ class QLoRADPOTrainer(StepTrainer):
         self._unprepare()
         self.forget_log()
         self._loaded_step = None
-        return super().train(*args, **kwargs)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _complete_checkpoint(self, asked: str | bool | None) -> str | None:
+        """The checkpoint to go on from, which the first process finds for all."""
+        found: list[Any] = [None, None]
+        if self.args.process_index == 0:
+            try:
+                found[0] = checkpoint_to_resume(asked, self.args.output_dir)
+            except (OSError, ValueError) as error:
+                found[1] = error
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
 
     def _try_longest(self) -> None:
         """Forward and backward of the longest groups, so that trouble with memory comes in the first minute."""
@@ -364,124 +385,3 @@ class QLoRADPOTrainer(StepTrainer):
     def _judged(self, model: nn.Module, piece: dict[str, Any]) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.step.losses(model, self._prepare_inputs(piece), self.args.eval_kl)
-
-    # ---- saving --------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save adapter, tokenizer, `qlora_dpo.json` and card; never the arguments, which may hold a Hub token."""
-        if not self.args.should_save:
-            return
-        folder = output_dir or self.args.output_dir
-        Path(folder, REPOCARD_NAME).unlink(missing_ok=True)  # PEFT would read it, and fail if it cannot
-        self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained_adapters(self.model))
-        self.processing_class.save_pretrained(folder)
-        origins, delta, judged = self.prepared.origins, self.step.bco_delta.mean, self._judged_at[self._weights_step]
-        write_record(folder, self.model, self.args, self.reference, self.given, delta, origins, judged)
-        draw = not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR)
-        save_card(folder, self.hub_model_id, self.state.log_history, draw)  # instead of PEFT's draft
-
-    @property
-    def _weights_step(self) -> int:
-        """The step that the weights are of: the last, or that of the best checkpoint once it is loaded."""
-        return self.state.global_step if self._loaded_step is None else self._loaded_step
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As `Trainer`'s, with the state of the step: a moving reference, a running mean."""
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            save_step_state(self.step, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The trained adapter and the step's state; frozen adapters and what is trainable stay as they are."""
-        check_same_reference(resume_from_checkpoint, self.model, self.reference, self.given)
-        load_trained(self.model, resume_from_checkpoint)
-        load_step_state(self.step, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        """The trained adapter of the best checkpoint, and the step's state there."""
-        self._loaded_step = self.state.best_global_step
-        load_trained(self.model, self.state.best_model_checkpoint)
-        load_step_state(self.step, Path(self.state.best_model_checkpoint))
-
-    # ---- the Hub -------------------------------------------------------------------------------------------------
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        **others: Any,
-    ) -> None:
-        """Write the card into `output_dir`; base, data and results are those of the run.
-
-        Raises:
-            TypeError: For what `Trainer` lets one name and the run knows.
-        """
-        if given := [name for name, value in others.items() if value is not None]:
-            raise TypeError(f"`{given[0]}` must be left out: the card takes it from the run. Leave it out.")
-        if self.is_world_process_zero():
-            asked: dict[str, Any] = {"language": language, "license": license, "tags": tags, "model_name": model_name}
-            write_card(self.args.output_dir, self.hub_model_id, self.state.log_history, **asked)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository that `hub_model_id` names, or one named like `output_dir`."""
-        if not self.is_world_process_zero():
-            return
-        args = self.args
-        name, token = args.hub_model_id or Path(args.output_dir).absolute().name, token or args.hub_token
-        private = args.hub_private_repo if private is None else private
-        self.hub_model_id = make_repository(name, private=private, token=token, folder=args.output_dir)
-        self.push_in_progress = None
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the adapter into `output_dir` and push it: nothing but its own files, as `push_adapter` does.
-
-        Args:
-            commit_message: First line of the commit.
-            blocking: Whether to wait for the upload.
-            token: A token that may write; None for `hub_token`, HF_TOKEN or the login.
-            revision: Branch to commit to; None for `hub_revision`.
-            private: Whether a new repository is private; None for `hub_private_repo`.
-            **kwargs: For `create_model_card`.
-
-        Returns:
-            The commit, or a future of it; None on processes that push nothing.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        args = self.args
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        private = args.hub_private_repo if private is None else private
-        push = upload if blocking else upload_later
-        token, revision = token or args.hub_token, revision or args.hub_revision
-        return push(args.output_dir, self.hub_model_id, private, token, revision, commit_message)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint's adapter in the background, where `hub_strategy` says; none of its training state."""
-        args, strategy = self.args, HubStrategy(self.args.hub_strategy)
-        if not self.is_world_process_zero() or strategy is HubStrategy.END:
-            return
-        running: PushInProgress | None = self.push_in_progress
-        busy = running is not None and not running.is_done()
-        if busy and not args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        message = f"Training in progress, step {self.state.global_step}"
-        options = (self.hub_model_id, args.hub_private_repo, args.hub_token, args.hub_revision, message)
-        jobs = [upload_later(checkpoint_folder, *options, place) for place in places(strategy, checkpoint_folder)]
-        self.push_in_progress = PushInProgress([*(running.jobs if running is not None and busy else []), *jobs])

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import json
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from qlora_dpo.memory import GIB, peak_memory
 from qlora_dpo.metrics import RunningSums, summarize
 from qlora_dpo.offload import activations_moved
 from qlora_dpo.step import RandomState, Step
+
+SUMS_NAME = "log_sums.json"
+"""What a checkpoint keeps of the pairs that the log has not shown yet."""
 
 
 class StepTrainer(Trainer):
@@ -30,6 +35,7 @@ class StepTrainer(Trainer):
         self.step = step
         self.sync: SyncReference | None = None
         self.forget_log()
+        self._next: list[dict[str, Any]] = []
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
         alone = self.args.world_size == 1
@@ -39,6 +45,18 @@ class StepTrainer(Trainer):
         """Let the next log line pool what comes from here on."""
         self._sums, self._last_log = RunningSums(), time.perf_counter()
 
+    def save_log_state(self, folder: Path) -> None:
+        """Keep in a checkpoint what the next log line will pool, of all processes."""
+        sums = self._sums.state()
+        if self.args.should_save:
+            Path(folder, SUMS_NAME).write_text(json.dumps(sums))
+
+    def load_log_state(self, folder: Path) -> None:
+        """Let the next log line pool what it would have, had the run not been stopped."""
+        path = Path(folder, SUMS_NAME)
+        if self.args.process_index == 0 and path.is_file():  # the sums are added up over processes
+            self._sums.load(json.loads(path.read_text()))
+
     @contextlib.contextmanager
     def not_training(self) -> Iterator[None]:
         """Leave the time of the block out of the speed that the log shows."""
@@ -47,10 +65,12 @@ class StepTrainer(Trainer):
         self._last_log = last_log + time.perf_counter() - start
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
-        """The micro-batches of an optimizer step and its number of items; where pairs are coupled, already scored."""
+        """The micro-batches of an optimizer step and its number of items.
+
+        The step begins with the first `training_step`: a run that goes on gets its random numbers back in between.
+        """
         samples, items = super().get_batch_samples(*args)
-        self._begin(samples)
-        self._rescue.run(self._score_coupled)
+        self._next = samples
         return samples, items
 
     def _begin(self, samples: list[dict[str, Any]]) -> None:
@@ -93,7 +113,11 @@ class StepTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of a micro-batch; where memory runs out, the optimizer step again in smaller pieces."""
-        if not any(sample is inputs for sample in self._rescue.samples):
+        if self._next and inputs is self._next[0]:
+            self._begin(self._next)
+            self._next = []
+            self._rescue.run(self._score_coupled)
+        elif not any(sample is inputs for sample in self._rescue.samples):
             self._begin([inputs])
 
         def earlier() -> None:
@@ -181,7 +205,7 @@ class StepTrainer(Trainer):
         sums, pairs, unique_tokens = taken
         now = time.perf_counter()
         seconds, self._last_log = now - self._last_log, now
-        moved = {} if self.sync is None else {"reference/rank_error": self.sync.error}
+        moved = {} if self.sync is None else {"reference/rank_error": self.sync.reference.error}
         speed = {"tokens_per_second": unique_tokens / seconds, "pairs_per_second": pairs / seconds}
         speed["peak_memory_gib"] = peak_memory(self.args.device) / GIB
         counts = {"num_tokens": self.state.num_input_tokens_seen, "num_unique_tokens": unique_tokens}

@@ -64,7 +64,6 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"keep_layers": 2, "gradient_checkpointing": False}, "`keep_layers` must be 0 without `gradient_checkpoint"),
         ({"keep_layers": "auto", "gradient_checkpointing": False}, "`keep_layers` must be 0 without"),
         ({"activation_offloading": True, "use_cpu": True}, "`activation_offloading` must be False without a CUDA"),
-        ({"push_to_hub": True, "hub_token": "hf_secret"}, "`hub_token` must be None when checkpoints are pushed"),
     ],
 )
 def test_what_cannot_be_right_is_refused(tmp_path, options, message):

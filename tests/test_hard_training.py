@@ -21,6 +21,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
+from qlora_dpo.checkpoints import damage
 from qlora_dpo.cli import main
 
 from one_step import RANKED, KeepGradients
@@ -112,6 +113,11 @@ def resumed(folder, world, save_at, **options):
         trainer.train(resume_from_checkpoint=str(folder / "a" / f"checkpoint-{save_at}") if name == "b" else None)
         runs.append([[line["step"], line["loss"], line["num_tokens"]] for line in lines(trainer)])
     return runs
+
+
+def not_resumed(folder, world, **options):
+    """Nothing: there is no checkpoint, which only the first process looks for."""
+    trainer_of(folder, train=RANKED, max_steps=1, **options).train(resume_from_checkpoint=True)
 
 
 class TwoProcesses:
@@ -230,6 +236,25 @@ def test_two_processes_go_on_counting_tokens_after_resuming(two, tmp_path):
         "resumed", tmp_path, {"save_at": 2, "max_steps": 4}
     )  # within the first epoch, so the order is right
     assert [line[2] for line in again] == [line[2] for line in whole]
+
+
+def test_two_processes_write_whole_checkpoints_and_pool_the_log_over_them(two, tmp_path):
+    """The manifest was not to be written before each process has written the state of its random numbers, and what one
+    process had not logged yet must not be lost: a log line of steps 3 and 4 over a checkpoint at 3.
+    """
+    whole, again = two("resumed", tmp_path, {"save_at": 3, "max_steps": 4, "logging_steps": 2})
+    assert again[1] == [4, pytest.approx(whole[1][1], rel=1e-12), whole[1][2]]
+    folder = tmp_path / "a" / "checkpoint-3"
+    assert damage(folder) is None
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(json.loads((folder / "manifest.json").read_text())["files"])
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4, "per_device_train_batch_size": 2}
+    with pytest.raises(ValueError, match=r"got another: the number of processes was 2 and is 1. Set back"):
+        trainer_of(tmp_path / "c", train=RANKED, **options).train(resume_from_checkpoint=str(folder))
+
+
+def test_two_processes_end_alike_without_a_checkpoint(two, tmp_path):
+    assert "must find a complete checkpoint, got none" in two("not_resumed", tmp_path, {})["error"]
+    assert two("evaluated", tmp_path, {"rows": 3, "batch": 2})["pairs"] > 0  # both are still there
 
 
 def test_two_processes_train_on_a_stream_without_counting_groups_twice(two, tmp_path):

@@ -1,0 +1,189 @@
+"""Checkpoints that are known to be whole: a manifest written last, and the last whole one found again.
+
+A run may be killed at any moment: while it writes a checkpoint, or while it deletes an old one.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from qlora_dpo.model import RECORD_NAME
+
+MANIFEST_NAME = "manifest.json"
+"""What lies in a checkpoint when all of it was written: every file's size and SHA-256."""
+
+_UNFINISHED = f"{MANIFEST_NAME}.new"
+_NEEDED = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, "rng_state*.pth", "adapter_model.*")
+"""What a checkpoint without a manifest must hold beside its record, here or in a folder below."""
+_WITHOUT_OPTIMIZER = "it was saved with `save_only_model=True`, without the optimizer's state"
+
+
+def checkpoint_folder(run: str, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(run, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+
+def unmark(folder: Path) -> None:
+    """Let a checkpoint count as unfinished, before it is written (again) or deleted."""
+    Path(folder, MANIFEST_NAME).unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, save_only_model: bool = False) -> None:
+    """Mark a checkpoint as whole, in one stroke, when all its files are on disk.
+
+    Args:
+        folder: The checkpoint.
+        save_only_model: Whether it has no state of the optimizer, so that no run can go on from it.
+    """
+    files = {path.relative_to(folder).as_posix(): _described(path) for path in _files(folder)}
+    unfinished = Path(folder, _UNFINISHED)
+    with unfinished.open("w") as file:
+        json.dump({"save_only_model": save_only_model, "files": files}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, Path(folder, MANIFEST_NAME))
+
+
+def _files(folder: Path) -> list[Path]:
+    names = (MANIFEST_NAME, _UNFINISHED)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in names)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, which is on disk afterwards: an older checkpoint may be deleted then."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def damage(folder: Path) -> str | None:
+    """Why no run can go on from a checkpoint; None if it is whole."""
+    manifest = Path(folder, MANIFEST_NAME)
+    if not manifest.is_file():
+        return _damage_without_manifest(folder)
+    try:
+        found = json.loads(manifest.read_text())
+    except ValueError:
+        return f"{MANIFEST_NAME} is not JSON"
+    checked = [_damage_of(Path(folder, name), name, expected) for name, expected in found["files"].items()]
+    if any(checked):
+        return ", ".join(filter(None, checked))
+    return _WITHOUT_OPTIMIZER if found["save_only_model"] else None
+
+
+def _damage_of(path: Path, name: str, expected: dict[str, Any]) -> str | None:
+    """What is wrong with a file of a manifest."""
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != expected["bytes"]:
+        return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
+    with path.open("rb") as file:
+        same = hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
+    return None if same else f"{name} is not what was written (its SHA-256 is another)"
+
+
+def _damage_without_manifest(folder: Path) -> str | None:
+    """The same for a checkpoint of a version that wrote no manifest: all that is needed is there, and loads."""
+    record = Path(folder, RECORD_NAME)
+    if not record.is_file():
+        return f"{MANIFEST_NAME}, which is written last, and {RECORD_NAME} are missing"
+    if _unreadable(record) is None and "run" in json.loads(record.read_text()):
+        return f"{MANIFEST_NAME}, which is written last, is missing"
+    missing = [f"{name} is missing" for name in _NEEDED if not any(folder.rglob(name))]
+    return ", ".join([*missing, *filter(None, map(_unreadable, _files(folder)))]) or None
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why a file cannot be read."""
+    try:
+        if path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix in (".pt", ".pth"):
+            with zipfile.ZipFile(path) as archive:  # what torch.save writes, with a checksum of each part
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+    except Exception as error:  # each reader has its own
+        return f"{path.name} cannot be read ({type(error).__name__})"
+    return None
+
+
+def _checkpoints(run: str) -> list[Path]:
+    """The checkpoints of a run, oldest step first."""
+    steps = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(run).glob("*")}
+    numbers = {path: int(match[1]) for path, match in steps.items() if match and path.is_dir()}
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+def checkpoint_to_resume(asked: str | bool | None, run: str) -> str | None:
+    """The whole checkpoint that a run is to go on from; None to begin anew.
+
+    Args:
+        asked: True or "true" for the last one of the run; those that are not whole are skipped with a warning. A path
+            for that one. None or False for none.
+        run: Folder of the run.
+
+    Raises:
+        FileNotFoundError: If the path is no folder.
+        ValueError: If the checkpoint is not whole, or there is none.
+    """
+    if asked in (None, False, "false", "False"):
+        return None
+    if asked in (True, "true", "True"):
+        return str(_last_whole(run))
+    folder = Path(str(asked)).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`resume_from_checkpoint` must be a checkpoint's folder, got {asked}. Check the path.")
+    wrong = damage(folder)
+    if wrong is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a complete checkpoint, got {folder}: {wrong}. Name another, or use True "
+            "for the last complete one."
+        )
+    return str(folder)
+
+
+def _last_whole(run: str) -> Path:
+    """The whole checkpoint with the highest step; the others above it are named in warnings."""
+    found = _checkpoints(run)
+    for folder in reversed(found):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        warnings.warn(f"The checkpoint {folder} is skipped: {wrong}.", stacklevel=2)
+    damaged = f" but {len(found)} that cannot be used" if found else ""
+    raise ValueError(
+        f"`resume_from_checkpoint=True` must find a complete checkpoint, got none{damaged} in {run}. Leave the option "
+        "out to begin anew."
+    )
+
+
+def rotate(run: str, limit: int | None, kept: Iterable[str | Path | None]) -> None:
+    """Delete the oldest checkpoints of a run beyond a limit, those that are not marked as whole first.
+
+    Args:
+        run: Folder of the run.
+        limit: `save_total_limit`.
+        kept: Checkpoints that stay, whatever the limit.
+    """
+    if not limit or limit < 0:
+        return
+    stay = {Path(path).resolve() for path in kept if path is not None}
+    found = _checkpoints(run)
+    others = [path for path in found if path.resolve() not in stay]
+    others.sort(key=lambda path: Path(path, MANIFEST_NAME).is_file())
+    for folder in others[: max(len(found) - limit, 0)]:
+        unmark(folder)
+        shutil.rmtree(folder, ignore_errors=True)
