@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora_dpo.recompute import decoder_layers, keep_last_layers, resolve_keep_layers
+from qlora_dpo.recompute import decoder_layers, keep_last_layers
 from qlora_dpo.reference import AverageReference
 
 PATIENCE = 3
@@ -32,15 +32,15 @@ class KeepLayers(TrainerCallback):
 
     Attributes:
         layers: The decoder's layers.
-        asked: The option `keep_layers`.
+        count: How many of them are kept; more than there are is all.
     """
 
-    def __init__(self, model: Any, asked: int | str) -> None:
-        self.layers, self.asked = decoder_layers(model), asked
+    def __init__(self, model: Any, count: int = 0) -> None:
+        self.layers, self.count = decoder_layers(model), count
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After `Trainer` has turned checkpointing on, and before the first forward."""
-        keep_last_layers(self.layers, resolve_keep_layers(self.asked, len(self.layers)))
+        keep_last_layers(self.layers, min(self.count, len(self.layers)))
 
 
 def troubles(history: Sequence[Mapping[str, float]]) -> dict[str, str]:

@@ -90,7 +90,8 @@ class QLoRADPOConfig(TrainingArguments):
         default=0,
         metadata=_help(
             "Decoder layers, the last ones, whose activations are kept instead of recomputed, with "
-            "`gradient_checkpointing`: more memory, less to compute, the same gradient. `auto`: 0 for now."
+            "`gradient_checkpointing`: more memory, less to compute, the same gradient. `auto`: as many as "
+            "`qlora-dpo plan` finds room for on the GPU; none on a CPU."
         ),
     )
     activation_offloading: bool = field(
@@ -204,11 +205,11 @@ class QLoRADPOConfig(TrainingArguments):
             "no padding) if it proves equal to one row per completion on this model, else `padded`."
         ),
     )
-    max_tokens_per_forward: int | None = field(
+    max_tokens_per_forward: int | str | None = field(
         default=None,
         metadata=_help(
             "Most tokens of one forward and backward; a batch beyond it is cut into pieces with the same gradient. "
-            "None: no limit."
+            "None: no limit. `auto`: what `qlora-dpo plan` finds room for on the GPU; on a CPU no limit."
         ),
     )
     logps_chunk_size: int | None = field(
@@ -262,8 +263,9 @@ class QLoRADPOConfig(TrainingArguments):
             self.loss_weights = [self.loss_weights]
         if not isinstance(self.loss_type, (list, tuple)):
             raise TypeError(f"`loss_type` must be a name or a list of them, got {self.loss_type!r}. Use 'sigmoid'.")
-        if isinstance(self.keep_layers, str) and self.keep_layers.isdecimal():
-            self.keep_layers = int(self.keep_layers)
+        for name in ("keep_layers", "max_tokens_per_forward"):
+            if isinstance(text := getattr(self, name), str) and text.isdecimal():
+                setattr(self, name, int(text))
         for name in (*RANGES, "learning_rate", "ld_alpha", "f_alpha_divergence_coef", "ref_model_mixup_alpha"):
             value = getattr(self, name, None)
             if isinstance(value, str):
@@ -305,9 +307,13 @@ class QLoRADPOConfig(TrainingArguments):
         check_reference(self.objective, self.reference)
         self._check_moving_reference()
         self._check_memory()
+        if isinstance(self.max_tokens_per_forward, str) and self.max_tokens_per_forward != "auto":
+            raise ValueError(
+                f"`max_tokens_per_forward` must be a number, None or 'auto', got {self.max_tokens_per_forward!r}."
+            )
         for name in ("max_length", "max_prompt_length", "logps_chunk_size", "max_tokens_per_forward", *_COUNTS):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, or None, got {value}.")
 
     def _check_moving_reference(self) -> None:

@@ -16,22 +16,6 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def resolve_keep_layers(asked: int | str | None, layers: int) -> int:
-    """How many of the last layers keep their activations.
-
-    Args:
-        asked: The option `keep_layers`: a number, `auto` (0 until memory is known) or None (0).
-        layers: How many layers the model has.
-
-    Returns:
-        0 to `layers`.
-
-    >>> resolve_keep_layers(100, layers=32)
-    32
-    """
-    return 0 if asked is None or asked == "auto" else min(int(asked), layers)
-
-
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The layers of a causal LM's decoder that can recompute themselves, first to last.
 

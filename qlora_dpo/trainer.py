@@ -29,7 +29,7 @@ from qlora_dpo.arguments import (
     router_coefficient,
     tokenizer_from,
 )
-from qlora_dpo.budget import Rescue, longest_rows
+from qlora_dpo.budget import Rescue, forwards_of, longest_rows
 from qlora_dpo.callbacks import KeepLayers, SyncReference, WatchPreferences
 from qlora_dpo.checkpoints import checkpoint_to_resume
 from qlora_dpo.config import QLoRADPOConfig
@@ -57,6 +57,7 @@ from qlora_dpo.reference import (
     warn_of_itself,
 )
 from qlora_dpo.resuming import check_same_run, run_facts
+from qlora_dpo.room import budget_for, kept_layers_for
 from qlora_dpo.sampling import filled, replaced
 from qlora_dpo.saving import SavingTrainer
 from qlora_dpo.step import Step
@@ -159,7 +160,7 @@ class QLoRADPOTrainer(SavingTrainer):
                 f"One process must see one GPU, got {args.n_gpu}: their batches cannot be split. Start one process "
                 "per GPU with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
             )
-        self.data_collator.max_tokens = args.max_tokens_per_forward
+        self.data_collator.max_tokens = budget_for(policy, args, args.device)
         self.given = "ref_logps" in (getattr(self.train_dataset, "column_names", None) or [])  # instead of a reference
         self._add_own_callbacks()
         self._signature_columns = [*GROUP_COLUMNS, *VALUE_COLUMNS]
@@ -174,7 +175,8 @@ class QLoRADPOTrainer(SavingTrainer):
             every, tokens = args.sample_generations_every, args.sample_max_new_tokens
             self.add_callback(SampleGenerations(self, args.sample_generations, every, tokens))
         if args.keep_layers:
-            self.add_callback(KeepLayers(self.model.get_base_model(), args.keep_layers))
+            self._kept = KeepLayers(self.model.get_base_model())
+            self.add_callback(self._kept)
         if isinstance(self.reference, AverageReference):
             self.sync = SyncReference(self.reference, args.ref_model_sync_steps)
             self.add_callback(self.sync)
@@ -265,6 +267,9 @@ class QLoRADPOTrainer(SavingTrainer):
         if isinstance(self.reference, CachedReference):
             self._precompute_reference()
         self._check_start()
+        if self.args.keep_layers:
+            tokens = self.data_collator.max_tokens or self._longest_batch()
+            self._kept.count = kept_layers_for(self.model, self.args, self.args.device, tokens)
         if self.args.device.type != "cpu":
             self._try_longest()
         self._unprepare()
@@ -285,12 +290,23 @@ class QLoRADPOTrainer(SavingTrainer):
             raise found[1]
         return found[0]
 
+    def _longest(self) -> dict[str, Any] | None:
+        """The micro-batch of the longest groups; None of a stream."""
+        if not isinstance(self.train_dataset, Dataset):
+            return None
+        rows = longest_rows(self.train_dataset, self._train_batch_size)
+        return self.data_collator([self.train_dataset[i] for i in rows])
+
+    def _longest_batch(self) -> int:
+        """Positions of its largest forward; of a stream, as many as its groups of two completions may have."""
+        if (sample := self._longest()) is not None:
+            return max(forwards_of([sample]))[0]
+        return 2 * (self.args.max_length or 1024) * self._train_batch_size
+
     def _try_longest(self) -> None:
         """Forward and backward of the longest groups, so that trouble with memory comes in the first minute."""
-        if not isinstance(self.train_dataset, Dataset):
+        if (sample := self._longest()) is None:
             return
-        rows = longest_rows(self.train_dataset, self._train_batch_size)
-        sample = self.data_collator([self.train_dataset[i] for i in rows])
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         room = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]  # for the optimizer's state
         self._begin([sample])

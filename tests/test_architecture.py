@@ -19,7 +19,7 @@ LAYERS = [
     {"model", "forward"},
     {"reference", "shapes", "footprint"},
     {"memory", "record", "resuming", "checkpoints", "arguments", "proof", "precomputed", "step", "callbacks"},
-    {"evaluation", "generations", "training"},
+    {"evaluation", "generations", "training", "room"},
     {"report"},
     {"card"},
     {"hub"},

@@ -9,18 +9,13 @@ from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy
 from qlora_dpo.cli import parse
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import Group, make_batch
-from qlora_dpo.recompute import decoder_layers, keep_last_layers, resolve_keep_layers
+from qlora_dpo.recompute import decoder_layers, keep_last_layers
 
 from one_step import RANKED, one_step
 from tiny_chat import build_tiny_llama, chat_row
 from tiny_models import ARCHITECTURES, add_lora, build
 
 GROUPS = [Group([9, 12, 14], [[10, 11, 8, 2], [13, 9, 2]], [(0, 1)])]
-
-
-@pytest.mark.parametrize(("asked", "count"), [(0, 0), (1, 1), (4, 4), (5, 4), ("auto", 0), (None, 0)])
-def test_what_is_asked_becomes_a_number_of_layers(asked, count):
-    assert resolve_keep_layers(asked, layers=4) == count
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -64,7 +59,7 @@ def test_only_the_other_layers_are_computed_again_and_the_gradient_is_the_same(t
     enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     for _ in range(2):  # idempotent
-        keep_last_layers(layers, resolve_keep_layers(kept, len(layers)))
+        keep_last_layers(layers, min(kept, len(layers)))
         found, forward, backward = counted_gradient(policy, layers)
         assert torch.equal(found, whole)
         assert (forward, backward) == ([1, 1, 1, 1], [int(i < 4 - kept) for i in range(4)])
