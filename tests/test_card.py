@@ -41,8 +41,8 @@ def run(base_folder, tmp_path_factory):
         "train", "--model_name_or_path", str(base), "--dataset_name", str(rows),
         "--output_dir", str(folder / "tiny-dpo"),
         "--dataset_train_split", "train[:8]", "--dataset_test_split", "train[8:]", "--learning_rate", "1e-2",
-        "--report_to", "none", "--save_strategy", "steps", "--save_steps", "2", "--disable_tqdm", "true",
-        "--max_steps", "2", "--logging_steps", "1", "--ld_alpha", "0.5", "--beta", "0.25",
+        "--report_to", "none", "--save_strategy", "steps", "--save_steps", "3", "--disable_tqdm", "true",
+        "--max_steps", "3", "--logging_steps", "1", "--ld_alpha", "0.5", "--beta", "0.25",
     ]  # fmt: skip
     assert main(words) == 0
     return folder / "tiny-dpo"
@@ -64,7 +64,7 @@ def test_the_card_says_what_was_trained_on_what_and_how_well(run):
     interval = f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
     for words in (
         "# tiny-dpo", "tiny-base", "NF4, double quantisation, bfloat16 compute", "rank 16, alpha 32", "`q_proj`",
-        "loss `sigmoid`, beta 0.25", "| `ld_alpha` | 0.5 |", "| `learning_rate` | 0.01 |", "| steps | 2 |",
+        "loss `sigmoid`, beta 0.25", "| `ld_alpha` | 0.5 |", "| `learning_rate` | 0.01 |", "| steps | 3 |",
         "the base model, with its adapters disabled", "rows.jsonl, 8 rows", "split train\\[:8\\]", interval,
         f"{report['reference_accuracy']['value']:.3f}", "peak memory", "a second", "charts/loss.png",
         "PeftModel.from_pretrained(base, 'tiny-dpo')", "load_policy('tiny-base', adapter='tiny-dpo')",
@@ -160,7 +160,7 @@ def test_a_card_that_a_person_took_over_is_known(tmp_path):
 
 
 def test_checkpoints_have_a_card_of_their_own_without_charts(run):
-    text = text_of(run / "checkpoint-2")
+    text = text_of(run / "checkpoint-3")
     assert "# tiny-dpo" in text
     assert "![" not in text
     assert "Model Card for Model ID" not in text
