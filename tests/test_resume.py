@@ -313,29 +313,33 @@ def test_the_command_line_skips_a_damaged_checkpoint_and_shows_an_error_in_a_lin
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_would_change_the_run_is_refused_by_name(tokenizer, make_args, changed, said):
-    run = first_step_of(tokenizer, make_args)
+def test_what_would_change_the_run_is_refused_by_name(tokenizer, make_args, first_step, changed, said):
     other = trainer_of(tokenizer, make_args(max_steps=2, **(SAVING | changed)))
     with pytest.raises(ValueError, match=f"as it began, got another: (.*; )?{said}.*Set back what changed, or begin a"):
-        other.train(resume_from_checkpoint=run)
+        other.train(resume_from_checkpoint=first_step)
 
 
-def first_step_of(tokenizer, make_args, **options):
+def first_step_of(tokenizer, make_args):
     """The checkpoint of a run of one step."""
     args = make_args(max_steps=1, **SAVING)
-    trainer_of(tokenizer, args, **options).train()
+    trainer_of(tokenizer, args).train()
     return f"{args.output_dir}/checkpoint-1"
 
 
-def test_all_that_changed_is_listed_at_once(tokenizer, make_args):
-    run = first_step_of(tokenizer, make_args)
+@pytest.fixture(scope="module")
+def first_step(tokenizer, tmp_path_factory):
+    """The checkpoint of a run of one step, which no test changes."""
+    return first_step_of(tokenizer, args_in(tmp_path_factory.mktemp("first")))
+
+
+def test_all_that_changed_is_listed_at_once(tokenizer, make_args, first_step):
     policy = policy_of(tokenizer, lora_alpha=16)
     with torch.no_grad():
         policy.get_base_model().lm_head.weight.mul_(2)
     rows = [*CHAT_ROWS[1:], CHAT_ROWS[0]]
     other = trainer_of(tokenizer, make_args(max_steps=2, beta=0.2, **SAVING), rows, policy=policy)
     with pytest.raises(ValueError, match="as it began") as error:
-        other.train(resume_from_checkpoint=run)
+        other.train(resume_from_checkpoint=first_step)
     for said in (
         "`beta` was 0.1 and is 0.2",
         "`lora_alpha` was 8 and is 16",
@@ -371,15 +375,14 @@ def test_another_quantisation_is_refused(base_folder, chat_rows, make_args):
     ],
     ids=lambda free: next(iter(free)),
 )
-def test_what_leaves_the_run_as_it_is_may_change(tokenizer, make_args, tmp_path, free):
-    run = first_step_of(tokenizer, make_args)
+def test_what_leaves_the_run_as_it_is_may_change(tokenizer, make_args, first_step, tmp_path, free):
     if "precompute_ref_log_probs" in free:
         free = free | {"reference_cache": str(tmp_path / "cache.sqlite")}
     if "output_dir" in free:
         free = {"output_dir": str(tmp_path / "elsewhere")}
     args = make_args(**({"max_steps": 2} | SAVING | free))
     trainer = trainer_of(tokenizer, args, eval_rows=RANKED)
-    trainer.train(resume_from_checkpoint=run)
+    trainer.train(resume_from_checkpoint=first_step)
     assert trainer.state.global_step >= 2
 
 
