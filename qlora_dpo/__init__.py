@@ -4,6 +4,7 @@ from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.judge import evaluate_preferences
 from qlora_dpo.losses import LOSSES, dpo_loss
 from qlora_dpo.measures import PreferenceReport
+from qlora_dpo.merge import MergeReport, merge_adapter
 from qlora_dpo.model import load_policy
 from qlora_dpo.score import load_scorer, score_completions
 from qlora_dpo.trainer import QLoRADPOTrainer
@@ -11,6 +12,7 @@ from qlora_dpo.trainer import QLoRADPOTrainer
 __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
+    "MergeReport",
     "PreferenceReport",
     "QLoRADPOConfig",
     "QLoRADPOTrainer",
@@ -18,5 +20,6 @@ __all__ = [
     "evaluate_preferences",
     "load_policy",
     "load_scorer",
+    "merge_adapter",
     "score_completions",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `qlora-dpo demo`, `train`, `evaluate`, `score` and `report`, also as `python -m qlora_dpo`.
+"""The command line: `qlora-dpo demo`, `train`, `evaluate`, `score`, `report` and `merge`; `python -m qlora_dpo` too.
 
 Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config file.yaml` sets defaults and flags win.
 """
@@ -24,6 +24,7 @@ from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
 from qlora_dpo.judge import judged
+from qlora_dpo.merge import merge_adapter
 from qlora_dpo.model import UNKNOWN, adapter_folder, default_quantization, load_policy, load_tokenizer
 from qlora_dpo.record import read_record, recorded_reference, require_known, saved_adapter, warn_of_reference
 from qlora_dpo.report import write_report
@@ -367,12 +368,52 @@ def report(words: Sequence[str]) -> None:
     print(f"report written to {write_report(parser.parse_args(list(words)).run_dir)}")
 
 
+@dataclass
+class MergeArguments:
+    """What to merge."""
+
+    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    output_dir: str = field(metadata={"help": "Folder to write, new or empty; an unfinished merge is begun again."})
+    into: str = field(
+        default="quantized",
+        metadata={"help": "quantized: the 4-bit base, dequantised, as trained. original: the base as it is stored."},
+    )
+    base: str | None = field(default=None, metadata={"help": "Base model, if it is not where it was in training."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Weights to write: bfloat16, float16 or float32."})
+    max_shard_size: str = field(default="2GB", metadata={"help": "Largest file."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Preference rows to measure the difference on: a file, a folder or a Hub id."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_test_split: str = field(default="train", metadata={"help": "Split to take the rows from."})
+    num_rows: int = field(default=16, metadata={"help": "Rows to measure on, the first of the split."})
+    reference: str | None = field(default=None, metadata={"help": "base, none, or a path or id. Default: as recorded."})
+    json: bool = field(default=False, metadata={"help": "Print the report as JSON."})
+
+
+def merge(words: Sequence[str]) -> None:
+    """Merge an adapter into a model to serve: `qlora-dpo merge --adapter DIR --output_dir OUT`."""
+    (chosen,) = parse((MergeArguments,), words, "qlora-dpo merge")
+    if chosen.num_rows < 1:
+        raise ValueError(f"`num_rows` must be 1 or more, got {chosen.num_rows}. Leave out --dataset_name for none.")
+    rows = None
+    if chosen.dataset_name is not None:
+        rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
+        rows = rows.select(range(min(chosen.num_rows, len(rows))))
+    names = ("base", "into", "dtype", "max_shard_size", "reference")
+    options = {name: getattr(chosen, name) for name in names}
+    found = merge_adapter(chosen.adapter, chosen.output_dir, sample_rows=rows, **options)
+    print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
+    print(f"model written to {chosen.output_dir}", file=sys.stderr)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
     "score": score,
     "report": report,
+    "merge": merge,
 }
 
 
