@@ -214,7 +214,8 @@ class Fold:
             NotImplementedError: If PEFT cannot merge it.
         """
         inner = layer.get_base_layer()
-        for leaf, _ in list(inner.named_parameters(recurse=False)):
+        empty = dict(inner.named_parameters(recurse=False))
+        for leaf in empty:
             name = f"{path}.{leaf}"
             value = self._biases[name] if name in self._biases else self.base.value(name)
             setattr(inner, leaf, nn.Parameter(value.to(torch.float32, copy=True), requires_grad=False))
@@ -226,8 +227,8 @@ class Fold:
                 f"The adapter must be one that PEFT can merge, got {path}: {error} Serve base and adapter apart."
             ) from error
         found = {leaf: parameter.detach() for leaf, parameter in inner.named_parameters(recurse=False)}
-        for leaf in found:
-            setattr(inner, leaf, nn.Parameter(found[leaf].to("meta"), requires_grad=False))
+        for leaf, parameter in empty.items():
+            setattr(inner, leaf, parameter)
         layer.merged_adapters.clear()
         return found
 

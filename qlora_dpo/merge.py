@@ -114,9 +114,11 @@ def merge_adapter(
 ) -> MergeReport:
     """Merge a saved adapter, and what it was trained on top of, into a model of its own.
 
-    The base is read, merged and written tensor by tensor: what is in memory is the adapter, one shard, and a few copies
-    of one tensor in fp32. With `sample_rows` the model is then compared with 4-bit base and adapter, for both choices
-    of `into`; that needs memory for the whole merged model, and disk space beside `output_dir` for a second one.
+    The base is read, merged and written tensor by tensor: what is in memory is the adapter in fp32 and a few copies of
+    one layer in fp32. Measured on a CPU: 0.33 GB besides the libraries for a Llama of 542 million parameters, 1.08 GB
+    in bf16, whose largest adapted layer has 46 MB in fp32. With `sample_rows` the model is then compared with 4-bit base
+    and adapter, for both choices of `into`; that needs memory for the whole merged model, and disk space beside
+    `output_dir` for a second one.
 
     Args:
         adapter: Folder of a saved adapter with its `qlora_dpo.json`.
@@ -249,7 +251,8 @@ def _written(job: _Job, folder: Path, max_bytes: int) -> MergeReport:
     (folder / UNFINISHED_NAME).write_text(f"{job.adapter} into {job.base} ({job.into}, {job.dtype})\n")
     for left in weight_files(folder):
         left.unlink()
-    writer = ShardWriter(folder, max_bytes)
+    names = [*checkpoint.names(), *fold.base.shapes]  # some of the model's own, if tied weights part
+    writer = ShardWriter(folder, max_bytes, names)
     untied = _write_weights(fold, writer, getattr(torch, job.dtype))
     shards = writer.close()
     _write_config(job, folder, untied)
@@ -299,7 +302,7 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     rounded = tensor.to(dtype)
-    if not torch.isfinite(rounded).all():
+    if not all(torch.isfinite(end) for end in torch.aminmax(rounded)):  # without a copy
         raise ValueError(f"`dtype` must hold every weight, got {dtype}, which {name} does not fit. Use 'bfloat16'.")
     return rounded
 

@@ -1,19 +1,19 @@
-"""Safetensors files of a model: read a tensor at a time, and written a shard at a time.
+"""Safetensors files of a model, read and written a tensor at a time.
 
 A shard gets its final name when all are written, so that a folder that was cut off is never taken for a whole model.
 """
 
 import json
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import bitsandbytes.functional as bnb
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -21,6 +21,21 @@ from transformers.utils.hub import get_checkpoint_shard_files
 _PART = re.compile(r"model-\d{5}\.part")
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""As the format spells them."""
+_ENTRY = 192
+"""Bytes that are more than a tensor's entry in a header takes besides its name: two offsets, a shape and the keys."""
 
 
 def size_in_bytes(size: str | int) -> int:
@@ -109,31 +124,46 @@ def weight_files(folder: str | Path) -> Iterator[Path]:
 
 
 class ShardWriter:
-    """Writes tensors in the order they come, and lets go of them with every shard that is full."""
+    """Writes tensors in the order they come, straight to disk.
 
-    def __init__(self, folder: str | Path, max_bytes: int) -> None:
+    The header of a safetensors file stands in front of its tensors and names them all, so room is left for it, which is
+    filled in when the shard is full; the format allows blanks behind it.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int, names: Sequence[str]) -> None:
+        """Begin. `names` are those of the tensors to come, or most of them: the header's room is made for these."""
         self.folder, self.max_bytes = Path(folder), max_bytes
         self.total_bytes, self.total_numbers = 0, 0
-        self._open: dict[str, Tensor] = {}
-        self._parts: list[list[str]] = []
+        self._room = 8 * (sum(len(name.encode()) + _ENTRY for name in names) // 8 + 128)
+        self._parts: list[dict[str, Any]] = []
+        self._offset = 0
+        self._file: BinaryIO | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; one that does not fit into the open shard begins the next."""
+        """Write a tensor; one that does not fit into the open shard begins the next."""
         size = tensor.numel() * tensor.element_size()
-        if self._open and size + sum(t.numel() * t.element_size() for t in self._open.values()) > self.max_bytes:
-            self._write()
-        self._open[name] = tensor.contiguous()
+        if 8 + self._room + self._offset + size > self.max_bytes or self._offset % tensor.element_size():
+            self._finish()
+        if self._file is None:
+            self._parts.append({"__metadata__": {"format": "pt"}})
+            self._file, self._offset = self._part(len(self._parts)).open("wb"), 0
+            self._file.seek(8 + self._room)
+        ends = [self._offset, self._offset + size]
+        entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
+        self._parts[-1][name] = entry
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        self._offset = ends[1]
         self.total_bytes, self.total_numbers = self.total_bytes + size, self.total_numbers + tensor.numel()
 
     def close(self) -> int:
-        """Write what is left, give the shards their names and write the index; returns how many there are."""
-        self._write()
+        """Fill in the last header, give the shards their names and write the index; returns how many there are."""
+        self._finish()
         count = len(self._parts)
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._parts, 1):
+        for number, entries in enumerate(self._parts, 1):
             final = SAFE_WEIGHTS_NAME if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
             self._part(number).replace(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
+            weight_map |= {name: final for name in entries if name != "__metadata__"}
         if count > 1:
             metadata = {"total_size": self.total_bytes, "total_parameters": self.total_numbers}
             index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
@@ -143,8 +173,13 @@ class ShardWriter:
     def _part(self, number: int) -> Path:
         return self.folder / f"model-{number:05}.part"
 
-    def _write(self) -> None:
-        if self._open:
-            self._parts.append(list(self._open))
-            save_file(self._open, self._part(len(self._parts)), metadata={"format": "pt"})
-            self._open = {}
+    def _finish(self) -> None:
+        """Put the header of the open shard in its place."""
+        if self._file is None:
+            return
+        header = json.dumps(self._parts[-1], separators=(",", ":")).encode()
+        assert len(header) <= self._room
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._file.close()
+        self._file, self._offset = None, 0
