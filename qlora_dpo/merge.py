@@ -116,8 +116,8 @@ def merge_adapter(
 
     The base is read, merged and written tensor by tensor: what is in memory is the adapter in fp32 and a few copies of
     one layer in fp32. Measured on a CPU: 0.33 GB besides the libraries for a Llama of 542 million parameters, 1.08 GB
-    in bf16, whose largest adapted layer has 46 MB in fp32. With `sample_rows` the model is then compared with 4-bit base
-    and adapter, for both choices of `into`; that needs memory for the whole merged model, and disk space beside
+    in bf16, whose largest adapted layer has 46 MB in fp32. With `sample_rows` the model is then compared with 4-bit
+    base and adapter, for both choices of `into`; that needs memory for the whole merged model, and disk space beside
     `output_dir` for a second one.
 
     Args:

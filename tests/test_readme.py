@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from qlora_dpo import QLoRADPOConfig
-from qlora_dpo.cli import DataArguments, EvaluationArguments, ModelArguments, main, parse
+from qlora_dpo.cli import DataArguments, EvaluationArguments, MergeArguments, ModelArguments, main, parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,7 +41,7 @@ def test_python_of_the_readme_runs(base_folder, rows_file, tmp_path, monkeypatch
 
 def test_command_lines_of_the_readme_are_understood():
     lines = [line for block in blocks("bash") for line in block.strip().splitlines() if line.startswith("qlora-dpo ")]
-    classes = {"train": TRAIN, "evaluate": (EvaluationArguments, QLoRADPOConfig)}
+    classes = {"train": TRAIN, "evaluate": (EvaluationArguments, QLoRADPOConfig), "merge": (MergeArguments,)}
     assert {line.split()[1] for line in lines} == set(classes)
     for line in lines:
         _, command, *words = shlex.split(line)
