@@ -6,6 +6,7 @@ from qlora_dpo.judge import evaluate_preferences
 from qlora_dpo.losses import LOSSES, dpo_loss
 from qlora_dpo.measures import PreferenceReport
 from qlora_dpo.memory import MemoryPlan, plan_memory
+from qlora_dpo.merge import MergeReport, merge_adapter
 from qlora_dpo.model import load_policy
 from qlora_dpo.score import load_scorer, score_completions
 from qlora_dpo.trainer import QLoRADPOTrainer
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
     "MemoryPlan",
+    "MergeReport",
     "PreferenceReport",
     "QLoRADPOConfig",
     "QLoRADPOTrainer",
@@ -21,6 +23,7 @@ __all__ = [
     "evaluate_preferences",
     "load_policy",
     "load_scorer",
+    "merge_adapter",
     "plan_memory",
     "push_adapter",
     "score_completions",

@@ -4,7 +4,6 @@ Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config fil
 """
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets.exceptions import DatasetsError
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, HfArgumentParser, set_seed
-from transformers.hf_argparser import string_to_bool
+from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 from qlora_dpo.config import QLoRADPOConfig
@@ -27,7 +24,9 @@ from qlora_dpo.footprint import MemoryOptions
 from qlora_dpo.hub import PushError, push_adapter
 from qlora_dpo.judge import judged
 from qlora_dpo.memory import parse_bytes, plan_memory
+from qlora_dpo.merge import merge_adapter
 from qlora_dpo.model import UNKNOWN, adapter_folder, default_quantization, load_policy, load_tokenizer
+from qlora_dpo.parsing import parse
 from qlora_dpo.record import (
     read_record,
     recorded_reference,
@@ -43,7 +42,6 @@ from qlora_dpo.shapes import BUILT_IN
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
-_EPILOG = "--config FILE.yaml sets defaults that flags override."
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -114,82 +112,6 @@ class EvaluationArguments:
         default=None, metadata={"help": "rewardbench: rows of text with its subsets, and the scores of its sections."}
     )
     json: bool = field(default=False, metadata={"help": "Print the report as JSON instead of a table."})
-
-
-def _as_words(parser: HfArgumentParser, options: dict[str, Any]) -> list[str]:
-    """Options of a YAML file as command-line words, so that both are converted by the same rules.
-
-    What a command line cannot say (null, an empty list, a list or a truth value for an option that takes text) becomes
-    the option's default as it is.
-    """
-    words: list[str] = []
-    for name, value in options.items():
-        action = parser._option_string_actions[f"--{name}"]
-        takes_truth = action.type is string_to_bool
-        if isinstance(value, list) and value and action.nargs == "+":
-            words += [f"--{name}", *(str(item) for item in value)]
-        elif isinstance(value, dict):
-            words.append(f"--{name}={json.dumps(value)}")
-        elif value is None or isinstance(value, list) or (isinstance(value, bool) and not takes_truth):
-            parser.set_defaults(**{name: value})
-            action.required = False
-        else:
-            words.append(f"--{name}={value}")
-    return words
-
-
-def _hint(name: str, known: set[str]) -> str:
-    """What to do about an option that nothing reads."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean `{close[0]}`?" if close else "Remove it."
-
-
-def _yaml_options(path: str, known: set[str]) -> dict[str, Any]:
-    """Options of a YAML file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no mapping, or holds an option that nothing reads.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"`--config` must be a YAML file, got {path}. Check the path.")
-    try:
-        options = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}.")
-    for name in options:
-        if name not in known:
-            raise ValueError(f"Options in {path} must be known, got `{name}`. {_hint(str(name), known)}")
-    return options
-
-
-def parse(classes: Sequence[type], words: Sequence[str], program: str, defaults: dict[str, Any] | None = None) -> Any:
-    """Dataclasses from `--config` and flags.
-
-    Args:
-        classes: Dataclasses whose fields are the options.
-        words: The command line behind the command's name.
-        program: How the command is called, for help and errors.
-        defaults: Defaults that a file and flags override.
-
-    Raises:
-        ValueError: For options that nothing reads.
-    """
-    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    chosen, rest = first.parse_known_args(list(words))
-    parser = HfArgumentParser(classes, prog=program, epilog=_EPILOG, allow_abbrev=False)
-    parser.set_defaults(**(defaults or {}))
-    if chosen.config is not None:
-        known = {f.name for cls in classes for f in fields(cls) if f.init}
-        rest = _as_words(parser, _yaml_options(chosen.config, known)) + rest
-    parsed = parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False, return_remaining_strings=True)
-    if parsed[-1]:
-        hint = _hint(parsed[-1][0].removeprefix("--").split("=")[0], {f.name for cls in classes for f in fields(cls)})
-        raise ValueError(f"Options of {program} must be known, got {' '.join(parsed[-1])}. {hint}")
-    return parsed[:-1]
 
 
 def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
@@ -445,6 +367,45 @@ def push(words: Sequence[str]) -> None:
     print(f"adapter pushed: {push_adapter(options.pop('adapter'), options.pop('repo_id'), **options)}")
 
 
+@dataclass
+class MergeArguments:
+    """What to merge."""
+
+    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    output_dir: str = field(metadata={"help": "Folder to write, new or empty; an unfinished merge is begun again."})
+    into: str = field(
+        default="quantized",
+        metadata={"help": "quantized: the 4-bit base, dequantised, as trained. original: the base as it is stored."},
+    )
+    base: str | None = field(default=None, metadata={"help": "Base model, if it is not where it was in training."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Weights to write: bfloat16, float16 or float32."})
+    max_shard_size: str = field(default="2GB", metadata={"help": "Largest file."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Preference rows to measure the difference on: a file, a folder or a Hub id."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_test_split: str = field(default="train", metadata={"help": "Split to take the rows from."})
+    num_rows: int = field(default=16, metadata={"help": "Rows to measure on, the first of the split."})
+    reference: str | None = field(default=None, metadata={"help": "base, none, or a path or id. Default: as recorded."})
+    json: bool = field(default=False, metadata={"help": "Print the report as JSON."})
+
+
+def merge(words: Sequence[str]) -> None:
+    """Merge an adapter into a model to serve: `qlora-dpo merge --adapter DIR --output_dir OUT`."""
+    (chosen,) = parse((MergeArguments,), words, "qlora-dpo merge")
+    if chosen.num_rows < 1:
+        raise ValueError(f"`num_rows` must be 1 or more, got {chosen.num_rows}. Leave out --dataset_name for none.")
+    rows = None
+    if chosen.dataset_name is not None:
+        rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
+        rows = rows.select(range(min(chosen.num_rows, len(rows))))
+    names = ("base", "into", "dtype", "max_shard_size", "reference")
+    options = {name: getattr(chosen, name) for name in names}
+    found = merge_adapter(chosen.adapter, chosen.output_dir, sample_rows=rows, **options)
+    print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
+    print(f"model written to {chosen.output_dir}", file=sys.stderr)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "train": train,
@@ -453,6 +414,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": report,
     "plan": plan,
     "push": push,
+    "merge": merge,
 }
 
 

@@ -72,12 +72,13 @@ class Scorer:
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
-def load_scorer(adapter: str, reference: str | None = None, **model_kwargs: Any) -> Scorer:
+def load_scorer(adapter: str, reference: str | None = None, base: str | None = None, **model_kwargs: Any) -> Scorer:
     """Base, adapter and reference, quantised and computed as in the training that `qlora_dpo.json` records.
 
     Args:
         adapter: Folder of a saved adapter with its `qlora_dpo.json`.
         reference: `base`, `none`, or the path or id of an adapter or a model; None for the recorded one.
+        base: Hub id or folder to take in place of the recorded base, for one that has moved.
         **model_kwargs: Passed to `from_pretrained` (`device_map`, `trust_remote_code`, ...).
 
     Raises:
@@ -94,7 +95,7 @@ def load_scorer(adapter: str, reference: str | None = None, **model_kwargs: Any)
     quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
     options = {"dtype": getattr(torch, record.dtype), "revision": record.base_revision or "main"} | model_kwargs
     policy = load_policy(
-        record.base,
+        base or record.base,
         adapter=saved_adapter(adapter),
         quantize=quantization is not None,
         quantization_config=quantization,

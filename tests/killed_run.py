@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
-from qlora_dpo import trainer as trainer_module
+from qlora_dpo import saving as trainer_module
 from qlora_dpo.checkpoints import MANIFEST_NAME, checkpoint_to_resume
 
 from test_resume import outcome

@@ -8,7 +8,16 @@ import pytest
 import yaml
 
 from qlora_dpo import QLoRADPOConfig
-from qlora_dpo.cli import DataArguments, EvaluationArguments, ModelArguments, PlanArguments, PushArguments, main, parse
+from qlora_dpo.cli import (
+    DataArguments,
+    EvaluationArguments,
+    MergeArguments,
+    ModelArguments,
+    PlanArguments,
+    PushArguments,
+    main,
+    parse,
+)
 from qlora_dpo.footprint import MemoryOptions
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +53,7 @@ def test_command_lines_of_the_readme_are_understood():
         "train": TRAIN,
         "evaluate": (EvaluationArguments, QLoRADPOConfig),
         "push": (PushArguments,),
+        "merge": (MergeArguments,),
         "plan": (PlanArguments, MemoryOptions),
     }
     assert {line.split()[1] for line in lines} == set(classes)

@@ -493,7 +493,7 @@ def test_rotation_never_deletes_the_new_checkpoint_for_one_that_is_not_whole(tmp
 
 def test_older_checkpoints_go_when_the_new_one_is_whole(tokenizer, make_args, monkeypatch):
     """With `save_total_limit=1` there would be a moment without any that a run can go on from."""
-    from qlora_dpo import trainer as module
+    from qlora_dpo import saving as module
 
     seen = []
 

@@ -1,0 +1,306 @@
+"""The weights of a model with adapters folded into them, one layer at a time.
+
+The model itself never exists: a skeleton on the meta device carries PEFT's layers with the adapters' weights. A layer
+gets its own base weight in fp32, PEFT merges into it, the result is taken out, and the weight goes again.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from qlora_dpo.adapters import adapter_weights, base_weights, require_token_adapter
+from qlora_dpo.model import require_all_weights, require_intact_base
+from qlora_dpo.shards import Checkpoint
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal LM of a config without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+class BaseWeights:
+    """The weights of a base, in the arithmetic that the adapter was trained on or as they are stored.
+
+    Attributes:
+        names: Every parameter of the model that has a tensor of its own in the files, with that tensor's name.
+        tied: Every parameter that is one and the same with others, with those.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: PreTrainedConfig,
+        quantization: BitsAndBytesConfig | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """With a quantisation or a dtype, the weights as they were loaded with it; without, as they are stored."""
+        model = skeleton(config)
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.names = _parameter_names(checkpoint.names(), model)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+        self.tied = _tied(model)
+        self._transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        self._layers = {} if quantization is None else _four_bit_layers(model, quantization)
+        lost = [path for path in self._layers if f"{path}.weight" not in self.names]
+        if lost:
+            raise NotImplementedError(
+                f"Every layer of the 4-bit base must have a tensor of its own in the files of {checkpoint.source}, got "
+                f"none for {lost[:3]}. Use into='original'."
+            )
+
+    def source(self, name: str) -> str | None:
+        """The tensor in the files that a parameter is loaded from: its own, or that of one it is tied to."""
+        return next((self.names[one] for one in (name, *self.tied.get(name, ())) if one in self.names), None)
+
+    def value(self, name: str) -> Tensor:
+        """A parameter, in the orientation of the files."""
+        source = self.source(name)
+        assert source is not None
+        path, _, leaf = name.rpartition(".")
+        if self.checkpoint.packed(source):
+            return self._turned(self.checkpoint.dequantized(source), path)
+        stored = self.checkpoint.tensor(source)
+        if self.dtype is None or not stored.is_floating_point():
+            return stored
+        loaded = stored.to(self.dtype)
+        if path not in self._layers or leaf != "weight":
+            return loaded
+        return self._turned(_quantized_and_back(self._turned(loaded, path), self._layers[path]), path)
+
+    def _turned(self, weight: Tensor, path: str) -> Tensor:
+        """Between `(in, out)`, as GPT-2's layers are stored, and `(out, in)`, as bitsandbytes takes them."""
+        return weight.t().contiguous() if path in self._transposed else weight
+
+
+def _four_bit_layers(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> dict[str, Linear4bit]:
+    """The layers that transformers would load in 4 bit, made so in the skeleton, by their path.
+
+    Raises:
+        NotImplementedError: If they would be in 8 bit.
+    """
+    if not quantization.load_in_4bit:
+        raise NotImplementedError("The base must be in 4 bit to be dequantised, got 8 bit. Use into='original'.")
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+    quantizer.preprocess_model(model, device_map={"": "cpu"})
+    return {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def _quantized_and_back(weight: Tensor, layer: Linear4bit) -> Tensor:
+    """A weight as the 4-bit layer multiplies with it, in the dtype it came in.
+
+    Quantised where training would do it: a GPU and a CPU need not round alike.
+    """
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    options = {name: getattr(layer.weight, name) for name in ("blocksize", "compress_statistics", "quant_type")}
+    options["quant_storage"] = layer.weight.quant_storage
+    packed = Params4bit(weight, requires_grad=False, **options).to(device)
+    return dequantize_4bit(packed.data, packed.quant_state).to("cpu", weight.dtype)
+
+
+def _parameter_names(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str]:
+    """Parameters of the model by name, with the tensor in the files that each one alone is loaded from.
+
+    transformers renames tensors while it loads them, and puts some together (experts) or takes them apart: those have
+    no entry, and are only carried over.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    known = model.state_dict()
+    found: dict[str, str] = {}
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known:  # a renaming that was not meant for it; the prefix may still be
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, known)
+        if pattern is None and name in known:
+            found[name] = key
+    return found
+
+
+def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Parameters that are one and the same, each with the names of the others."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {
+        name: [other for other in group if other != name]
+        for group in groups.values()
+        if len(group) > 1
+        for name in group
+    }
+
+
+class Fold:
+    """Adapters over a base whose weights come and go."""
+
+    def __init__(self, base: BaseWeights, config: PreTrainedConfig, adapters: Sequence[str]) -> None:
+        """Load the adapters, lowest first, on a skeleton.
+
+        Raises:
+            NotImplementedError: If they cannot be folded into weights.
+            ValueError: If they do not fit the model, or a layer that they change has no tensor in the files.
+        """
+        for adapter in adapters:
+            _require_foldable(adapter)
+        self.base = base
+        policy = _policy_skeleton(config, adapters)
+        self._adapters = list(policy.peft_config)
+        self._biases = {
+            name: value.float()
+            for name, value in base_weights(policy).items()
+            if name.endswith(".bias") and not value.is_meta  # biases that an adapter trained lie in its file
+        }
+        self._touched = dict(_changed_modules(policy))
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        wanted = [name for name in base.shapes if self._owner(name) is not None or name in self._biases]
+        lost = [name for name in wanted if base.source(name) is None]
+        if lost:
+            raise NotImplementedError(
+                f"Every weight that the adapter changes must have a tensor of its own in the files of "
+                f"{base.checkpoint.source}, got none for {lost[:3]}. Serve base and adapter apart."
+            )
+
+    @property
+    def layers(self) -> int:
+        """Layers and whole modules that the adapters change."""
+        return len(self._touched)
+
+    def changes(self, name: str) -> bool:
+        """Whether a parameter is another than in the base."""
+        return self._owner(name) is not None or name in self._biases
+
+    def value(self, name: str) -> Tensor:
+        """A parameter with the adapters in it: in fp32 if they change it, as the base has it if not."""
+        owner = self._owner(name)
+        if owner is None:
+            return self._biases[name] if name in self._biases else self.base.value(name)
+        if self._last[0] != owner:
+            self._last = ("", {})  # let go of the last layer before the next one is made
+            self._last = (owner, self._folded(owner))
+        return self._last[1][name.removeprefix(f"{owner}.")]
+
+    def _owner(self, name: str) -> str | None:
+        """The changed layer or module that a parameter belongs to."""
+        parts = name.split(".")
+        paths = (".".join(parts[:count]) for count in range(1, len(parts)))
+        return next((path for path in paths if path in self._touched), None)
+
+    def _folded(self, path: str) -> dict[str, Tensor]:
+        """The parameters of a layer or module with the adapters in them, in fp32."""
+        module = self._touched[path]
+        if isinstance(module, ModulesToSaveWrapper):
+            saved = [copy for name, copy in module.modules_to_save.items() if name in self._adapters]
+            return {name: tensor.detach().float() for name, tensor in saved[-1].named_parameters()}
+        return self._merged(path, module)
+
+    def _merged(self, path: str, layer: Any) -> dict[str, Tensor]:
+        """PEFT's own merge of one layer, whose base weight is here for that long only.
+
+        Raises:
+            NotImplementedError: If PEFT cannot merge it.
+        """
+        inner = layer.get_base_layer()
+        empty = dict(inner.named_parameters(recurse=False))
+        for leaf in empty:
+            name = f"{path}.{leaf}"
+            value = self._biases[name] if name in self._biases else self.base.value(name)
+            setattr(inner, leaf, nn.Parameter(value.to(torch.float32, copy=True), requires_grad=False))
+        names = [name for name in self._adapters if name in layer._get_available_adapters()]
+        try:
+            layer.merge(safe_merge=True, adapter_names=names)
+        except (RuntimeError, NotImplementedError) as error:
+            raise NotImplementedError(
+                f"The adapter must be one that PEFT can merge, got {path}: {error} Serve base and adapter apart."
+            ) from error
+        found = {leaf: parameter.detach() for leaf, parameter in inner.named_parameters(recurse=False)}
+        for leaf, parameter in empty.items():
+            setattr(inner, leaf, parameter)
+        layer.merged_adapters.clear()
+        return found
+
+
+def _policy_skeleton(config: PreTrainedConfig, adapters: Sequence[str]) -> PeftModel:
+    """Adapters with their weights, in fp32, on a base without any."""
+    configs = {f"folded_{number}": PeftConfig.from_pretrained(adapter) for number, adapter in enumerate(adapters)}
+    names = list(configs)
+    with warnings.catch_warnings():
+        # PEFT's remarks on options of the saved config, which training has made already
+        warnings.simplefilter("ignore", UserWarning)
+        policy = PeftModel(skeleton(config), configs[names[0]], names[0], low_cpu_mem_usage=True)
+        for name in names[1:]:
+            policy.add_adapter(name, configs[name], low_cpu_mem_usage=True)
+        for name, adapter in zip(names, adapters, strict=True):
+            _give_storage(policy, name)
+            require_all_weights(policy, adapter, name)
+    return policy.requires_grad_(False)
+
+
+def _give_storage(policy: PeftModel, name: str) -> None:
+    """Put what an adapter's file holds on the CPU, in fp32: not a number until it is loaded."""
+    ends = {"all": ".bias", "lora_only": ".base_layer.bias"}.get(getattr(policy.peft_config[name], "bias", "none"))
+    adapter = adapter_weights(policy, [name])
+    biases = {n: p for n, p in policy.named_parameters() if ends is not None and n.endswith(ends) and n not in adapter}
+    made = {
+        id(old): nn.Parameter(torch.full(old.shape, torch.nan), requires_grad=False)
+        for old in (adapter | biases).values()
+        if old.is_meta
+    }
+    for module in policy.modules():
+        for leaf, old in list(module._parameters.items()):
+            if id(old) in made:  # in every place that shares it
+                module._parameters[leaf] = made[id(old)]
+
+
+def _changed_modules(policy: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    """Layers with adapters and modules that are replaced whole, by their path in the base; the outermost only.
+
+    Raises:
+        NotImplementedError: If one layer has adapters of two kinds.
+    """
+    last = None
+    for path, module in policy.get_base_model().named_modules():
+        if last is not None and path.startswith(f"{last}."):
+            continue
+        if isinstance(module, TrainableTokensWrapper):
+            found: Any = module.token_adapter
+        elif isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            found = module
+        else:
+            continue
+        if isinstance(found, BaseTunerLayer) and isinstance(found.base_layer, BaseTunerLayer):
+            raise NotImplementedError(
+                f"A layer must have adapters of one kind to be merged, got {path}. Serve base and adapter apart."
+            )
+        last = path
+        yield path, found
+
+
+def _require_foldable(adapter: str) -> None:
+    """Refuse kinds of adapters that are no change of weights.
+
+    Raises:
+        NotImplementedError: For prompt learning, activated LoRA, AdaLoRA and adapters on bare parameters.
+        ValueError: If loading the adapter would change the base.
+    """
+    config = PeftConfig.from_pretrained(adapter)
+    require_token_adapter(config)
+    require_intact_base(adapter)
+    if getattr(config, "target_parameters", None):
+        raise NotImplementedError(
+            f"`target_parameters` must be empty to merge shard by shard, got {config.target_parameters}. Load the base "
+            "in 16 bit and use PEFT's merge_and_unload."
+        )

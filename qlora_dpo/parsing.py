@@ -1,0 +1,91 @@
+"""Reading a command line: dataclasses' fields, with defaults from a YAML file."""
+
+import argparse
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+_EPILOG = "--config FILE.yaml sets defaults that flags override."
+
+
+def _as_words(parser: HfArgumentParser, options: dict[str, Any]) -> list[str]:
+    """Options of a YAML file as command-line words, so that both are converted by the same rules.
+
+    What a command line cannot say (null, an empty list, a list or a truth value for an option that takes text) becomes
+    the option's default as it is.
+    """
+    words: list[str] = []
+    for name, value in options.items():
+        action = parser._option_string_actions[f"--{name}"]
+        takes_truth = action.type is string_to_bool
+        if isinstance(value, list) and value and action.nargs == "+":
+            words += [f"--{name}", *(str(item) for item in value)]
+        elif isinstance(value, dict):
+            words.append(f"--{name}={json.dumps(value)}")
+        elif value is None or isinstance(value, list) or (isinstance(value, bool) and not takes_truth):
+            parser.set_defaults(**{name: value})
+            action.required = False
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _hint(name: str, known: set[str]) -> str:
+    """What to do about an option that nothing reads."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean `{close[0]}`?" if close else "Remove it."
+
+
+def _yaml_options(path: str, known: set[str]) -> dict[str, Any]:
+    """Options of a YAML file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no mapping, or holds an option that nothing reads.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`--config` must be a YAML file, got {path}. Check the path.")
+    try:
+        options = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}.") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}.")
+    for name in options:
+        if name not in known:
+            raise ValueError(f"Options in {path} must be known, got `{name}`. {_hint(str(name), known)}")
+    return options
+
+
+def parse(classes: Sequence[type], words: Sequence[str], program: str, defaults: dict[str, Any] | None = None) -> Any:
+    """Dataclasses from `--config` and flags.
+
+    Args:
+        classes: Dataclasses whose fields are the options.
+        words: The command line behind the command's name.
+        program: How the command is called, for help and errors.
+        defaults: Defaults that a file and flags override.
+
+    Raises:
+        ValueError: For options that nothing reads.
+    """
+    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    chosen, rest = first.parse_known_args(list(words))
+    parser = HfArgumentParser(classes, prog=program, epilog=_EPILOG, allow_abbrev=False)
+    parser.set_defaults(**(defaults or {}))
+    if chosen.config is not None:
+        known = {f.name for cls in classes for f in fields(cls) if f.init}
+        rest = _as_words(parser, _yaml_options(chosen.config, known)) + rest
+    parsed = parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False, return_remaining_strings=True)
+    if parsed[-1]:
+        hint = _hint(parsed[-1][0].removeprefix("--").split("=")[0], {f.name for cls in classes for f in fields(cls)})
+        raise ValueError(f"Options of {program} must be known, got {' '.join(parsed[-1])}. {hint}")
+    return parsed[:-1]
