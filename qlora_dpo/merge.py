@@ -87,7 +87,7 @@ class MergeReport:
         if self.accuracy is None:
             return "\n".join([*lines, "no difference was measured: give a few preference rows with --dataset_name"])
         lines += [
-            f"against 4-bit base + adapter on {self.pairs} pairs, |difference| in nats:",
+            f"against base + adapter as trained, on {self.pairs} pairs, |difference| in nats:",
             f"  {'':20}{'per token':>18}{'per completion':>20}",
             f"  {'':20}{'mean':>9}{'max':>9}{'mean':>11}{'max':>9}{'accuracy':>10}{'margin':>9}",
             f"  {'base + adapter':20}{'':>38}{self.accuracy:10.3f}{self.margin:+9.4f}",

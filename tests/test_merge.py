@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +175,10 @@ def test_the_merged_model_is_4_bit_base_and_adapter(kind, bases, tmp_path):
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (
         base in ("tied", "gpt2") and not report.untied
     )
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    if report.untied:  # transformers sees it in the weights, other programs read the config
+        assert config["tie_word_embeddings"] is False
 
 
 def test_the_original_base_takes_the_adapter_too(bases, tmp_path):
@@ -286,6 +290,33 @@ def test_shards_are_full_and_no_larger_than_asked(adapter, tmp_path):
     assert index["metadata"]["total_size"] == many.total_bytes
     assert torch.equal(logits(plain(tmp_path / "one")), logits(plain(tmp_path / "many")))
     assert (tmp_path / "one" / "model.safetensors").stat().st_size > one.total_bytes
+
+
+def test_tensors_of_odd_sizes_are_written_where_they_can_be_read(tmp_path):
+    tensors = {"mask": torch.tensor([True, False, True]), "weight": torch.randn(3, 5), "empty": torch.zeros(0, 2)}
+    tensors |= {"ids": torch.arange(7), "small": torch.randn(3).to(torch.bfloat16), "scalar": torch.tensor(2.5)}
+    writer = ShardWriter(tmp_path, 10_000, list(tensors))
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    found = open_checkpoint(str(tmp_path))
+    assert set(found.names()) == set(tensors)
+    assert all(torch.equal(found.tensor(name), tensor) for name, tensor in tensors.items())
+    assert all(found.tensor(name).dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+def test_a_base_is_found_by_its_hub_id(bases, tmp_path, monkeypatch):
+    """In the cache, with the network off."""
+    cached = tmp_path / "cache" / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(bases["llama"], cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    policy, adapter = trained("someone/tiny", tmp_path / "adapter", lora())
+    report, model = merged(adapter, tmp_path / "out", sample_rows=CHAT_ROWS[:2])
+    assert report.base == "someone/tiny"
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+    require_equal(logits(model), logits(policy))
 
 
 def test_a_sharded_base_is_read(tokenizer, tmp_path):
