@@ -25,7 +25,7 @@ from qlora_dpo import QLoRADPOConfig, load_policy, merge_adapter
 from qlora_dpo.cli import main
 from qlora_dpo.data import load_rows
 from qlora_dpo.model import load_base
-from qlora_dpo.record import write_record
+from qlora_dpo.record import record_of, write_record
 from qlora_dpo.reference import make_reference
 from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes
 
@@ -96,7 +96,7 @@ def saved(policy, folder):
     policy.save_pretrained(folder)
     build_chat_tokenizer().save_pretrained(folder)
     args = QLoRADPOConfig(output_dir=str(folder), bf16=False, report_to=[])
-    write_record(str(folder), policy, args, make_reference("none", policy))
+    write_record(str(folder), policy, record_of(policy, args, make_reference("none", policy)))
     return str(folder)
 
 
