@@ -109,7 +109,7 @@ def test_module_examples_are_true(name, monkeypatch):
     assert runner.failures == 0
 
 
-@pytest.mark.parametrize("module", ["losses", "logps", "metrics", "preferences", "attention", "measures"])
+@pytest.mark.parametrize("module", ["losses", "logps", "metrics", "preferences", "segments", "measures"])
 def test_docstring_examples_are_true(module):
     found = doctest.testmod(importlib.import_module(f"qlora_dpo.{module}"), extraglobs={"torch": torch})
     assert found.attempted > 0
