@@ -506,14 +506,15 @@ def test_b_adalora_is_refused_with_a_reason(tokenizer, make_args):
         trainer_of(tokenizer, make_args(), policy=get_peft_model(build_tiny_llama(tokenizer), config))
 
 
-def test_b_dora_on_a_four_bit_base_trains_or_is_refused_at_once(base_folder, make_args, chat_rows):
-    """Stops with 'an initialisation that changes the base (PiSSA, ...)', which it is not."""
+def test_b_dora_on_a_four_bit_base_trains(base_folder, make_args, chat_rows):
+    """It stopped with 'an initialisation that changes the base (PiSSA, ...)', which it is not."""
     config = LoraConfig(use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
-    try:
-        policy = load_policy(base_folder, peft_config=config)
-        QLoRADPOTrainer(model=policy, args=make_args(max_steps=1, bf16=True), train_dataset=chat_rows).train()
-    except REFUSED as error:
-        assert "DoRA" in str(error)
+    policy = load_policy(base_folder, peft_config=config)
+    trainer = QLoRADPOTrainer(model=policy, args=make_args(max_steps=1, bf16=True), train_dataset=chat_rows)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["rewards/margins"] == 0
+    assert first["grad_norm"] > 0
 
 
 def test_b_a_four_bit_head_that_is_tied_is_refused_with_the_reason(tokenizer, tmp_path):
@@ -738,15 +739,16 @@ def test_c_token_ids_beyond_the_embedding_are_a_clear_error(tokenizer, make_args
         ).train()
 
 
-def test_c_a_head_that_is_offloaded_is_refused_with_the_reason(tokenizer, make_args, base_folder, tmp_path, chat_rows):
-    """Stops, but blames the model's logit rule."""
+def test_c_a_head_that_is_offloaded_is_trained_through(tokenizer, make_args, base_folder, tmp_path):
+    """It stopped, and blamed the model's logit rule."""
     options = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": str(tmp_path / "off")}
     model = hf.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, **options)
     policy = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    try:
-        trainer_of(tokenizer, make_args(max_steps=1), policy=policy).train()
-    except REFUSED as error:
-        assert "logits" not in str(error)
+    trainer = trainer_of(tokenizer, make_args(max_steps=1), policy=policy)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["rewards/margins"] == 0
+    assert first["grad_norm"] > 0
 
 
 def test_c_a_prompt_that_both_sides_repeat_is_not_doubled(tokenizer):

@@ -228,8 +228,9 @@ def test_a_private_repository_of_somebody_else_is_not_written(hub, adapter):
 
 def test_a_token_that_cannot_be_sent_is_not_shown(hub, adapter):
     """The HTTP client shows a header that it refuses: `Illegal header value b'Bearer hf_...'`."""
-    refused(hub, adapter, token="hf_with\x07bell0123456789")
+    assert "hf_with" not in refused(hub, adapter, token="hf_with\x07bell0123456789")
     push_adapter(str(adapter), "ada/tiny-dpo", token=f"{WRITER}\n")  # as a file has it
+    assert "adapter_model.safetensors" in pushed(hub)
 
 
 def test_a_branch_that_is_not_there_is_told_so(hub, adapter):
