@@ -9,13 +9,10 @@ import torch
 from datasets import Dataset
 from pyarrow import compute
 
+from qlora_dpo.errors import OutOfMemoryError
 from qlora_dpo.layouts import GroupCollator
 
 T = TypeVar("T")
-
-
-class OutOfMemoryError(RuntimeError):
-    """Memory ran out on a forward that cannot be cut any further."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

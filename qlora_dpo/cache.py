@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_dpo.errors import FixableError
+
 APPLICATION_ID = int.from_bytes(b"qdpo", "big")
 """What SQLite keeps in a file's header to tell whose it is."""
 
@@ -56,7 +58,7 @@ class LogpsCache:
         path: The file; it and its parents are created.
 
     Raises:
-        RuntimeError: If the file is damaged, not a cache, of a newer version, or cannot be opened. Each call may.
+        FixableError: If the file is damaged, not a cache, of a newer version, or cannot be opened. Each call may.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -117,7 +119,7 @@ class LogpsCache:
                 yield connection
         except sqlite3.OperationalError as error:  # no permission, no space, locked for too long
             rule = f"`path` must be a file that can be read and written, got '{error}' from {self.path}."
-            raise RuntimeError(f"{rule} Name another file.") from error
+            raise FixableError(f"{rule} Name another file.") from error
         except sqlite3.DatabaseError as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise self._unreadable() from error
@@ -135,7 +137,7 @@ class LogpsCache:
             raise self._unreadable()
         if (version := _pragma(connection, "user_version")) > SCHEMA_VERSION:
             rule = f"`path` must be a cache of version {SCHEMA_VERSION} or older, got version {version} in {self.path}."
-            raise RuntimeError(f"{rule} Upgrade the package or name another file.")
+            raise FixableError(f"{rule} Upgrade the package or name another file.")
 
     def _decode(self, dtype: str, crc32: int, blob: bytes) -> np.ndarray:
         """A value from its row; SQLite has no checksums of its own."""
@@ -144,9 +146,9 @@ class LogpsCache:
         values = np.frombuffer(blob, dtype)
         return values.astype(values.dtype.newbyteorder("="))  # and a copy, which may be written to
 
-    def _unreadable(self) -> RuntimeError:
+    def _unreadable(self) -> FixableError:
         rule = f"`path` must be a cache of reference log-probs, got a damaged or foreign file {self.path}."
-        return RuntimeError(f"{rule} Delete it if it is a cache, else name another file.")
+        return FixableError(f"{rule} Delete it if it is a cache, else name another file.")
 
 
 @contextmanager

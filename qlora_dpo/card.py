@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from qlora_dpo.measures import Estimate, PreferenceReport
 from qlora_dpo.model import split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter, weights_hash
-from qlora_dpo.report import PICTURES, STATE_NAME, curve_charts, picture_name, write_pictures
+from qlora_dpo.report import PICTURES, STATE_NAME, curve_charts, picture_name, target_names, write_pictures
 
 TAGS = ("dpo", "qlora-dpo", "lora", "preference-alignment")
 MARK = (
@@ -350,10 +350,7 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _training(record: AdapterRecord, lora: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    targets = lora.get("target_modules")
-    if isinstance(targets, list):
-        kinds = sorted({str(one).split(".")[-1] for one in targets})
-        targets = ", ".join(f"`{kind}`" for kind in kinds)
+    targets = ", ".join(f"`{name}`" for name in target_names(lora))
     switches = [name for name in ("use_dora", "use_rslora") if lora.get(name)]
     shape = f"rank {lora.get('r')}, alpha {lora.get('lora_alpha')}, dropout {lora.get('lora_dropout')}, on {targets}"
     rows: dict[str, Any] = {

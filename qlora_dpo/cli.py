@@ -20,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
+from qlora_dpo.errors import FixableError
 from qlora_dpo.footprint import MemoryOptions
-from qlora_dpo.hub import PushError, push_adapter
+from qlora_dpo.hub import push_adapter
 from qlora_dpo.judge import judged
 from qlora_dpo.memory import parse_bytes, plan_memory
 from qlora_dpo.merge import merge_adapter
@@ -435,7 +436,7 @@ def main(words: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_warning()
     try:
         COMMANDS[words[0]](words[1:])
-    except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, PushError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, FixableError) as error:
         print(f"qlora-dpo {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

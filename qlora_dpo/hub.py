@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.trainer_utils import HubStrategy
 
 from qlora_dpo.card import PICTURES, is_id, is_own, write_card
+from qlora_dpo.errors import PushError
 from qlora_dpo.model import ADAPTER_FILES, RECORD_NAME, TOKENIZER_FILES, require_safetensors
 from qlora_dpo.record import read_record, saved_adapter
 
@@ -33,10 +34,6 @@ _HINTS = {
     429: "The Hub allows no more requests for now: wait some minutes.",
 }
 _Result = TypeVar("_Result")
-
-
-class PushError(RuntimeError):
-    """An upload that failed. What was to be uploaded lies where it was."""
 
 
 def push_adapter(

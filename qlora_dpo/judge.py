@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.errors import FixableError
 from qlora_dpo.evaluation import GatheredPairs
 from qlora_dpo.measures import Pairs, PreferenceReport, preference_report
 from qlora_dpo.trainer import QLoRADPOTrainer
@@ -54,10 +55,10 @@ def judged(trainer: QLoRADPOTrainer, name: str, output_dir: str | None = None) -
     """The report of a trainer's last evaluation, of one data set.
 
     Raises:
-        RuntimeError: If there was none.
+        FixableError: If there was none.
     """
     if trainer.last_pairs is None:
-        raise RuntimeError("An evaluation must come before its report, got none. Call trainer.evaluate() first.")
+        raise FixableError("An evaluation must come before its report, got none. Call trainer.evaluate() first.")
     groups = {row["row"]: row for row in trainer.eval_dataset}
     report = preference_report(pairs_of(trainer.last_pairs, groups, trainer.args.beta), name)
     if output_dir is not None and trainer.args.process_index == 0:

@@ -5,11 +5,11 @@ the time plus the largest phase.
 """
 
 import re
-import resource
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedConfig
 
@@ -23,6 +23,10 @@ def peak_memory(device: torch.device) -> int:
     """Most memory used so far, in bytes: allocated by PyTorch on a GPU, resident in this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -13,6 +13,7 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from qlora_dpo.errors import FixableError
 from qlora_dpo.forward import noise_off, score_batch, to_device
 from qlora_dpo.layouts import Group, group_of, make_batch
 from qlora_dpo.logps import widen
@@ -228,12 +229,12 @@ def require_margin(margin: float, allowed: float) -> None:
     """A policy at its own start is its reference: every margin must be exactly 0, or a rounding if it was cached.
 
     Raises:
-        RuntimeError: If one is not.
+        FixableError: If one is not.
     """
     if margin <= allowed:
         return
     rule = "be exactly 0" if allowed == 0 else f"be within rounding ({allowed:.3g} nats) of cached log-probabilities"
-    raise RuntimeError(
+    raise FixableError(
         f"Step-0 margins must {rule}, got {margin:.3g} nats: the policy does not start at its reference. "
         + (
             "Adapters must add nothing at the start: use init_lora_weights=True, or reference='initial'."

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
@@ -29,10 +28,12 @@ from qlora_dpo.charts import (
 )
 from qlora_dpo.generations import GENERATIONS_NAME
 from qlora_dpo.measures import PreferenceReport
+from qlora_dpo.origins import versions
 
 REPORT_PAGE, PICTURES = "report.html", "charts"
 STATE_NAME = "trainer_state.json"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+UNTOLD = {"run", "evaluations", "bco_delta"}
+"""Fields of the record that are shown elsewhere on the page or serve only to go on with a run."""
 SIDES = ("chosen", "rejected")
 CURVES = {
     "Loss": {"": "loss"},
@@ -333,12 +334,14 @@ def _folded(text: Any, colour: int) -> str:
 
 def _facts(run: Path, state: Mapping[str, Any], metrics: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """What was trained, on what, with which loss, and the versions of the packages."""
-    shown = {name.replace("_", " "): value for name, value in record.items() if value is not None}
+    told = {name: value for name, value in record.items() if value and name not in UNTOLD}
+    shown = {name.replace("_", " "): value for name, value in told.items()}
     for path in sorted([*run.glob("adapter_config.json"), *run.glob("*/adapter_config.json")]):
         if path.parent.name.startswith("checkpoint-"):
             continue
         config = _optional(path, [])
-        lora = {name: config[name] for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if name in config}
+        lora: dict[str, Any] = {name: config[name] for name in ("r", "lora_alpha", "lora_dropout") if name in config}
+        lora["target_modules"] = target_names(config)
         files = {file.name: f"{file.stat().st_size:,} bytes" for file in sorted(path.parent.glob("adapter_model*"))}
         shown["adapter" if path.parent == run else f"adapter {path.parent.name}"] = lora | files
     shown |= {name: state[key] for name, key in {"steps": "global_step", "epochs": "epoch"}.items() if key in state}
@@ -346,9 +349,20 @@ def _facts(run: Path, state: Mapping[str, Any], metrics: Mapping[str, Any], reco
     if isinstance(train, dict) and "train_runtime" in train:
         shown["time"] = f"{drawable(train['train_runtime']):.1f} s"
     shown |= {"speed and memory": speed} if (speed := _speed(state["log_history"])) else {}
-    shown["installed when this page was written"] = {name: _version(name) for name in PACKAGES}
+    if not record.get("versions"):
+        shown["installed when this page was written"] = versions()
     rows = (f"<tr><th>{escaped(name)}</th><td>{_value(value)}</td></tr>" for name, value in shown.items())
     return f"<table><tbody>{''.join(rows)}</tbody></table>"
+
+
+def target_names(config: Mapping[str, Any]) -> list[str]:
+    """Kinds of the layers that an adapter's config names, without their paths.
+
+    >>> target_names({"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]})
+    ['q_proj']
+    """
+    targets = config.get("target_modules") or []
+    return [targets] if isinstance(targets, str) else sorted({str(one).split(".")[-1] for one in targets})
 
 
 def _speed(history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -361,12 +375,6 @@ def _speed(history: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return "<br>".join(f"{escaped(name)}: {_value(part)}" for name, part in value.items())
+        parts = {name: part for name, part in value.items() if part is not None}
+        return "<br>".join(f"{escaped(name)}: {_value(part)}" for name, part in parts.items())
     return ", ".join(map(_value, value)) if isinstance(value, list) else escaped(value)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

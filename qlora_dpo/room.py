@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 
 from qlora_dpo.adapters import trained_adapters
+from qlora_dpo.errors import FixableError
 from qlora_dpo.footprint import OPTIMIZERS, MemoryOptions
 from qlora_dpo.memory import MemoryPlan, plan_memory
 from qlora_dpo.model import is_quantized
@@ -55,14 +56,14 @@ def budget_for(policy: PeftModel, args: Any, device: torch.device) -> int | None
     """The token budget that `max_tokens_per_forward` asks for.
 
     Raises:
-        RuntimeError: If `auto` finds no room for a single token.
+        FixableError: If `auto` finds no room for a single token.
     """
     asked, card = args.max_tokens_per_forward, card_memory(device)
     if asked != "auto" or card is None:
         return None if asked == "auto" else asked
     plan = plan_for(policy, args, card, tokens=1)
     if not plan.largest_tokens:
-        raise RuntimeError(f"The model must leave room to train on the card, got:\n{plan}")
+        raise FixableError(f"The model must leave room to train on the card, got:\n{plan}")
     return plan.largest_tokens
 
 

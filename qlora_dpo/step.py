@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qlora_dpo.errors import FixableError
 from qlora_dpo.forward import KL, ROUTER_LOSS, ROWS, has_plain_head, score_batch
 from qlora_dpo.logps import STATISTICS, sum_by_completion
 from qlora_dpo.metrics import pair_table
@@ -245,11 +246,11 @@ def _state_file(folder: Path, name: str, option: str) -> Path:
     """A file of a checkpoint's `reference/`.
 
     Raises:
-        RuntimeError: If it is not there.
+        FixableError: If it is not there.
     """
     path = Path(folder, "reference", name)
     if not path.is_file():
-        raise RuntimeError(
+        raise FixableError(
             f"A checkpoint to go on from with `{option}` must hold reference/{name}, got none in {folder}. Go on with "
             "the options of the run that wrote it."
         )

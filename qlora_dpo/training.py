@@ -36,6 +36,7 @@ class StepTrainer(Trainer):
         self.sync: SyncReference | None = None
         self.forget_log()
         self._next: list[dict[str, Any]] = []
+        self._step_tokens = 0
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
         alone = self.args.world_size == 1
@@ -90,6 +91,7 @@ class StepTrainer(Trainer):
         """Keep what was trained before an error that ends the run."""
         if self.state.global_step > 0:
             self._restart()
+            self.state.num_input_tokens_seen -= self._step_tokens
             self._save_checkpoint(self.model, trial=None)
 
     def _score_coupled(self) -> None:
@@ -184,7 +186,8 @@ class StepTrainer(Trainer):
         if self.args.world_size > 1:
             counts = torch.tensor([items, tokens], device=device)
             items, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        self.state.num_input_tokens_seen += tokens
+        self._step_tokens = int(tokens)
+        self.state.num_input_tokens_seen += self._step_tokens
         return max(items, 1)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"offload", "recompute"},
+    {"errors", "offload", "recompute"},
     {"preferences", "scores", "origins", "losses", "logps", "metrics", "cache", "averaging", "adapters", "lora"},
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},

@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 
 from qlora_dpo import QLoRADPOTrainer
-from qlora_dpo.budget import OutOfMemoryError, is_out_of_memory, longest_rows
+from qlora_dpo.budget import is_out_of_memory, longest_rows
+from qlora_dpo.errors import OutOfMemoryError
 from qlora_dpo.layouts import group_of, positions
 
 from one_step import RANKED, KeepGradients
@@ -122,6 +123,8 @@ def test_what_cannot_be_cut_ends_with_the_row_and_a_checkpoint(tokenizer, make_a
     checkpoint = Path(trainer.args.output_dir, "checkpoint-1")
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 1
     assert (checkpoint / "adapter_model.safetensors").is_file()
+    seen = json.loads((checkpoint / "trainer_state.json").read_text())["num_input_tokens_seen"]
+    assert seen == next(line["num_tokens"] for line in trainer.state.log_history if line["step"] == 1)
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
 

@@ -14,7 +14,8 @@ from peft import LoraConfig
 import qlora_dpo.hub
 from qlora_dpo import QLoRADPOTrainer, load_policy, push_adapter
 from qlora_dpo.cli import main
-from qlora_dpo.hub import PushError, adapter_files, without_secrets
+from qlora_dpo.errors import PushError
+from qlora_dpo.hub import adapter_files, without_secrets
 
 from hub_server import READER, STRANGER, WRITER, Hub
 from tiny_chat import CHAT_ROWS

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import types
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from qlora_dpo import QLoRADPOConfig, plan_memory
 from qlora_dpo.cli import ModelArguments, main
 from qlora_dpo.footprint import OPTIMIZERS
-from qlora_dpo.memory import GIB, SAVERS, parse_bytes
+from qlora_dpo.memory import GIB, SAVERS, parse_bytes, peak_memory
 from qlora_dpo.shapes import BUILT_IN, shape_of
 
 PUBLISHED = {
@@ -250,3 +251,11 @@ def test_the_card_that_is_there_is_taken(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     assert main(["plan", "--model", "llama-3.1-8b"]) == 0
     assert "on a card of 10.00 GiB: fits" in capsys.readouterr().out
+
+
+def test_peak_memory_on_windows_comes_from_psutil(monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    info = types.SimpleNamespace(peak_wset=5)
+    monkeypatch.setattr("psutil.Process", lambda: types.SimpleNamespace(memory_info=lambda: info))
+    assert peak_memory(torch.device("cpu")) == 5
