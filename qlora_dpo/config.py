@@ -213,7 +213,8 @@ class QLoRADPOConfig(TrainingArguments):
         ),
     )
     logps_chunk_size: int | None = field(
-        default=None, metadata=_help("Positions whose logits exist at a time. None: as many as fill 64 MiB in fp32.")
+        default=None,
+        metadata=_help("Positions whose logits exist at a time. None: as the vocabulary asks for."),
     )
     padding_free: bool = field(
         default=False, metadata=_help("Never pad, as `tree` and `packed` do; refuses `batch_layout='padded'`.")

@@ -84,7 +84,8 @@ class MemoryOptions:
         default=False, metadata=_help("No reference pass, as with precompute_ref_log_probs.")
     )
     logps_chunk_size: int | None = field(
-        default=None, metadata=_help("Positions in a tile of logits. None: 64 MiB of them in fp32.")
+        default=None,
+        metadata=_help("Positions in a tile of logits. None: as the vocabulary asks for."),
     )
     device_context_bytes: int = field(
         default=DEVICE_CONTEXT, metadata=_help("What the process takes on the GPU beside its tensors: an assumption.")
@@ -235,9 +236,10 @@ def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]
     before_norm = options.tokens * shape.hidden * FP32 * keeps  # which its backward pass needs, in fp32
     parts = {"last hidden states": states + before_norm, "scored hidden states": rows}
     if not options.quantize_head:
-        product = chunk * shape.hidden * c
+        product = chunk * shape.hidden * (c + FP32)
         parts["unit gradient"] = (rows + product) * trained
-        parts["logit tiles"] = shape.vocabulary * _tile_bytes(shape, options, chunk, trained)
+        # The logits and their exponentials; or, where they are soft-capped, three on the way there.
+        parts["logit tiles"] = (3 if shape.softcap else 2) * FP32 * shape.vocabulary * chunk
         return parts
     # `logps.any_head_token_scores`: logits, those less their maximum, and exponentials; or, in the product that makes
     # the logits and in its backward pass, the whole head dequantised beside a tile in the compute dtype.
@@ -247,25 +249,6 @@ def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]
         {"logit tiles": c * tile, "dequantised head": shape.vocabulary * shape.hidden * c},
     ]
     return parts | max(moments, key=_total)
-
-
-def _tile_bytes(shape: Shape, options: MemoryOptions, chunk: int, trained: bool) -> int:
-    """Bytes per vocabulary entry of all tiles at the fullest moment of `logps._FrozenHead`.
-
-    In the first tile these are the head's output if it is not the logits themselves, the logits, and two more: the
-    logits less their maximum and the exponentials of that; or, for the unit gradient, the probabilities and their
-    product with `lift` (below fp32 with a narrow copy); or, where logits are soft-capped, two on the way to the
-    derivative beside the probabilities. In a later tile the probabilities of the one before are there too; where logits
-    are capped, its logits as well while new ones are made.
-    """
-    narrow = options.width if options.width < FP32 else 0
-    raw = narrow or FP32 * shape.softcap
-    second = min(chunk, options.scored - chunk)
-    first = raw + 3 * FP32
-    if trained:
-        first = raw + 4 * FP32 if shape.softcap else raw + 3 * FP32 + narrow
-    old, new = (2 * FP32, narrow + 3 * FP32) if shape.softcap else (FP32, raw + 3 * FP32)
-    return max(first * chunk, old * chunk + new * second if second > 0 else 0)
 
 
 def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:

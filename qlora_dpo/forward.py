@@ -100,8 +100,8 @@ def score_batch(
     Args:
         model: A causal LM prepared by `install_scoring`, bare or wrapped (PEFT, DDP).
         batch: What `layouts.make_batch` returns, on the model's device.
-        statistics: Which statistics to return too, by name as in `logps.tile_statistics`.
-        chunk_size: Positions in a tile of logits; None for 64 MiB of them.
+        statistics: Which statistics to return too, by name as in `logps.tile_scores`.
+        chunk_size: Positions in a tile of logits; None for `logps.chunk_length`'s.
         against: `(N, H)` `ROWS` of a pass through the same head, for the exact divergence from it.
 
     Returns:

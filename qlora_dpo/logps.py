@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-TILE_ELEMENTS = 2**24
-"""Logits in a tile when no chunk size is asked for: 64 MiB in fp32."""
+TILE_ELEMENTS, MOST_TILE_ELEMENTS, TILE_POSITIONS = 2**22, 2**24, 128
+"""Logits in a tile when no chunk size is asked for: 16 MiB in fp32, which a large cache holds, or more, up to 64 MiB,
+for 128 positions, below which a matrix product mostly reads the head."""
 
 STATISTICS = ("entropy", "mean_logits", "is_top1")
 """Per-token statistics that are logged, read off the tiles beside the log-probability."""
@@ -63,45 +64,53 @@ def widen(x: Tensor) -> Tensor:
 
 
 def chunk_length(vocabulary: int, chunk_size: int | None) -> int:
-    """Positions in a tile: `chunk_size`, or as many as fill `TILE_ELEMENTS` logits."""
-    return chunk_size or max(16, TILE_ELEMENTS // vocabulary)
+    """Positions in a tile: `chunk_size`, or by the number of logits.
+
+    >>> chunk_length(16_384, None), chunk_length(128_256, None), chunk_length(262_144, None)
+    (256, 128, 64)
+    """
+    if chunk_size:
+        return chunk_size
+    few, most = TILE_ELEMENTS // vocabulary, max(16, MOST_TILE_ELEMENTS // vocabulary)
+    return min(max(few, TILE_POSITIONS), most)
 
 
-def tile_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each target, softmax and log-normaliser of one tile.
+def tile_scores(
+    logits: Tensor, targets: Tensor, statistics: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Scores of one tile. The tile becomes the logits less their largest: a pass over it costs more than arithmetic.
 
     Args:
-        logits: `(n, V)` fp32 or wider.
+        logits: `(n, V)` fp32 or wider; changed in place.
         targets: `(n,)` token ids.
+        statistics: Of `entropy` in nats, `mean_logits` over the vocabulary, `is_top1` (1 if the target is the top
+            token) and `log_sum_sq_probs`, the log of the sum of squared probabilities.
 
     Returns:
-        `(n,)` logps in nats, `(n, V)` probabilities, `(n,)` log-sum-exp.
+        `token_logps` in nats and the statistics, each `(n,)`; `(n, V)` exponentials, which are the probabilities times
+        their `(n, 1)` sum; that sum.
     """
-    top = logits.amax(-1, keepdim=True)
-    weights = torch.exp(logits - top)
+    found: dict[str, Tensor] = {}
+    if "mean_logits" in statistics:
+        found["mean_logits"] = logits.mean(-1)
+    if "is_top1" in statistics:
+        found["is_top1"] = (logits.argmax(-1) == targets).to(logits.dtype)
+    logits -= logits.amax(-1, keepdim=True)
+    weights = torch.exp(logits)
     total = weights.sum(-1, keepdim=True)
-    normaliser = top + torch.log(total)
-    logps = logits.gather(-1, targets[:, None]) - normaliser
-    return logps[:, 0], weights.div_(total), normaliser[:, 0]
+    normaliser = torch.log(total)
+    if "entropy" in statistics:
+        found["entropy"] = normaliser[:, 0] - _row_products(weights, logits) / total[:, 0]
+    if "log_sum_sq_probs" in statistics:
+        found["log_sum_sq_probs"] = torch.log(_row_products(weights, weights)) - 2 * normaliser[:, 0]
+    logps = (logits.gather(-1, targets[:, None]) - normaliser)[:, 0]
+    return {"token_logps": logps} | {name: found[name] for name in statistics}, weights, total
 
 
-_STATISTIC: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "entropy": lambda logits, p, normaliser, _: normaliser - torch.bmm(p[:, None], logits[:, :, None])[:, 0, 0],
-    "mean_logits": lambda logits, *_: logits.mean(-1),
-    "is_top1": lambda logits, _p, _n, targets: (logits.argmax(-1) == targets).to(logits.dtype),
-    "log_sum_sq_probs": lambda _, p, *__: torch.log(torch.bmm(p[:, None], p[:, :, None])[:, 0, 0]),
-}
-
-
-def tile_statistics(
-    names: Sequence[str], logits: Tensor, probabilities: Tensor, normaliser: Tensor, targets: Tensor
-) -> dict[str, Tensor]:
-    """Statistics of one tile, each `(n,)`.
-
-    `entropy` in nats, `mean_logits` over the vocabulary, `is_top1` 1 if the target is the top token, and
-    `log_sum_sq_probs` the log of the sum of squared probabilities.
-    """
-    return {name: _STATISTIC[name](logits, probabilities, normaliser, targets) for name in names}
+def _row_products(a: Tensor, b: Tensor) -> Tensor:
+    """`(n,)` inner products of the rows, without a tile of products, and not narrowed by autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -124,22 +133,22 @@ class _FrozenHead(torch.autograd.Function):
         statistics: Sequence[str],
     ) -> tuple[Tensor, ...]:
         unit_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        pieces: list[tuple[Tensor, ...]] = []
+        pieces: list[dict[str, Tensor]] = []
         for start in range(0, hidden.shape[0], chunk):
             tile = slice(start, start + chunk)
             raw = nn.functional.linear(hidden[tile], weight, bias)
-            logits = rule.apply(widen(raw))
-            logps, probabilities, normaliser = tile_scores(logits, targets[tile])
-            stats = tile_statistics(statistics, logits, probabilities, normaliser, targets[tile])
-            pieces.append((logps, *stats.values()))
+            dtype, logits = raw.dtype, widen(raw)
+            del raw
+            logits = rule.apply(logits)
+            slope = rule.derivative(logits) if unit_gradient is not None else 1.0
+            scores, weights, total = tile_scores(logits, targets[tile], statistics)
+            del logits
+            pieces.append(scores)
             if unit_gradient is not None:
-                slope = probabilities.neg_()
-                slope.scatter_add_(-1, targets[tile, None], torch.ones_like(logps)[:, None])
-                slope *= rule.derivative(logits)
-                lift = 1024.0 if raw.dtype is torch.float16 else 1.0  # fp16 has nothing below 6e-8
-                unit_gradient[tile] = (slope * lift).to(weight.dtype) @ weight / lift
+                unit_gradient[tile] = _unit_gradient(weight.to(dtype), weights, total, slope, targets[tile])
+            del weights, slope  # before the next tile is made
         ctx.save_for_backward(*([] if unit_gradient is None else [unit_gradient]))
-        outputs = tuple(torch.cat(column) for column in zip(*pieces, strict=True))
+        outputs = tuple(torch.cat([piece[name] for piece in pieces]) for name in pieces[0])
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -148,6 +157,30 @@ class _FrozenHead(torch.autograd.Function):
         (unit_gradient,) = ctx.saved_tensors
         grad = (upstream[0][:, None] * unit_gradient).to(unit_gradient.dtype)
         return grad, None, None, None, None, None, None
+
+
+def _unit_gradient(weight: Tensor, weights: Tensor, total: Tensor, slope: Tensor | float, targets: Tensor) -> Tensor:
+    """`(n, H)` W[y] - sum_v p_v W[v], with the slope of the logit rule at every logit; `weights` are used up.
+
+    1 - p_y is made in fp32, before anything is rounded: in the product it would be lost where the target is likely.
+
+    Args:
+        weight: `(V, H)` of the head, in the dtype that it computes in.
+        weights: `(n, V)` exponentials.
+        total: `(n, 1)` their sums.
+        slope: d(ruled)/d(raw), `(n, V)` or one number.
+        targets: `(n,)`.
+    """
+    pull = weights.scatter_add_(-1, targets[:, None], -total)
+    factor = -1 / total
+    if isinstance(slope, Tensor):
+        pull *= slope
+    else:
+        factor *= slope
+    if weight.dtype is torch.float16:  # it has nothing below 6e-8 and nothing above 65,504
+        pull *= 1024 / total
+        factor *= total / 1024
+    return (pull.to(weight.dtype) @ weight) * factor
 
 
 def frozen_head_token_scores(
@@ -165,7 +198,7 @@ def frozen_head_token_scores(
         head: The LM head; its weight must not require a gradient.
         targets: `(N,)` token ids.
         rule: Scale and soft-cap of the model.
-        chunk_size: Positions in a tile; None for `TILE_ELEMENTS`.
+        chunk_size: Positions in a tile; None for `chunk_length`'s.
         statistics: Which statistics to compute too, by name as in `tile_statistics`.
 
     Returns:
@@ -193,8 +226,8 @@ def any_head_token_scores(
         found = {"token_logps": torch.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]}
         if statistics:
             with torch.no_grad():
-                _, probabilities, normaliser = tile_scores(logits, ids)
-                found |= tile_statistics(statistics, logits, probabilities, normaliser, ids)
+                scores, _, _ = tile_scores(logits.clone(), ids, statistics)
+                found |= {name: scores[name] for name in statistics}
         return found
 
     chunk = chunk_length(vocabulary, chunk_size)
@@ -236,7 +269,7 @@ def token_divergences(
         rows: `(N, H)` hidden states at the scored positions, of the policy and of the reference.
         heads: LM head of each.
         rules: Scale and soft-cap of each.
-        chunk_size: Positions in a tile; None for half of `TILE_ELEMENTS`.
+        chunk_size: Positions in a tile; None for half of `chunk_length`'s.
         vocabulary: Size of the vocabulary.
 
     Returns:

@@ -137,3 +137,16 @@ def test_sum_by_completion_keeps_fp64():
 )
 def test_rule_is_read_from_the_config(options, rule):
     assert LogitRule.from_config(SimpleNamespace(**options)) == rule
+
+
+def test_autocast_narrows_the_product_alone():
+    """Log-probabilities and statistics are those of the bf16 logits in fp32."""
+    head = nn.Linear(64, 500, bias=False).requires_grad_(False)
+    hidden, targets = 3 * torch.randn(20, 64), torch.randint(0, 500, (20,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = frozen_head_token_scores(hidden, head, targets, LogitRule(), 7, (*STATISTICS, "log_sum_sq_probs"))
+        logits = head(hidden).double()
+    logps = logits.log_softmax(-1)
+    assert torch.allclose(found["entropy"].double(), -(logps.exp() * logps).sum(-1), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found["log_sum_sq_probs"].double(), (2 * logps).logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found["token_logps"].double(), logps.gather(-1, targets[:, None])[:, 0], atol=1e-5)
