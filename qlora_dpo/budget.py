@@ -1,4 +1,4 @@
-"""When memory runs out: the optimizer step again with half the tokens in a forward, to the same gradient."""
+"""When memory runs out: the optimizer step again with fewer activations kept, or half the tokens in a forward."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,7 +34,9 @@ def forwards_of(samples: Sequence[dict[str, Any]]) -> list[tuple[int, list[int]]
 
 
 class Rescue:
-    """Repeats an optimizer step with half the token budget, for as long as that cuts its forwards.
+    """Repeats an optimizer step with fewer activations kept, then with half the token budget while that cuts forwards.
+
+    The gradient stays the same.
 
     The micro-batches of a step are computed one after the other; when one runs out of memory, those before it have
     left gradients, and so has a part of its own backward pass. So the whole step starts again.
@@ -43,6 +45,7 @@ class Rescue:
         collator: Whose budget is halved, for the rest of the run.
         restart: Puts everything back to how it was before the step.
         give_up: Called before the last error is raised.
+        keep_fewer: Gives back memory that was used to save time; returns whether there was any.
         alone: Whether no other process takes part; those would wait for this one's gradient.
     """
 
@@ -51,9 +54,11 @@ class Rescue:
         collator: GroupCollator,
         restart: Callable[[], None] = lambda: None,
         give_up: Callable[[], None] = lambda: None,
+        keep_fewer: Callable[[], bool] = lambda: False,
         alone: bool = True,
     ) -> None:
         self.collator, self.restart, self.give_up, self.alone = collator, restart, give_up, alone
+        self.keep_fewer = keep_fewer
         self.samples: list[dict[str, Any]] = []
 
     def begin(self, samples: list[dict[str, Any]]) -> None:
@@ -83,13 +88,20 @@ class Rescue:
                 if not (self.alone and is_out_of_memory(error)):
                     raise
                 failed = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self._halve(failed)  # not in the handler, where the error still holds the tensors of the forward
+            self._ease(failed)  # not in the handler, where the error still holds the tensors of the forward
 
-    def _halve(self, failed: str) -> None:
-        """Half the largest forward as the budget, if that cuts it."""
+    def _ease(self, failed: str) -> None:
+        """Keep the activations of fewer layers; where none are kept, half the largest forward, if that cuts it."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         tokens, rows = max(forwards_of(self.samples))
+        if self.keep_fewer():
+            warnings.warn(
+                f"Memory ran out on a forward of {tokens:,} tokens (row {', '.join(map(str, rows))} of the data); the "
+                "step is done again with fewer layers kept, and the run goes on with that.",
+                stacklevel=2,
+            )
+            return
         self.collator.max_tokens = max(1, tokens // 2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a completion that is beyond the budget by itself

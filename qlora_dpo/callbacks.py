@@ -40,7 +40,20 @@ class KeepLayers(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After `Trainer` has turned checkpointing on, and before the first forward."""
-        keep_last_layers(self.layers, min(self.count, len(self.layers)))
+        self.apply()
+
+    def apply(self) -> None:
+        """Set the layers; those of a model that recomputes nothing stay so."""
+        if self.count:
+            keep_last_layers(self.layers, self.count)
+
+    def keep_fewer(self) -> bool:
+        """Keep half as many, to give memory back; returns whether any was kept."""
+        if not self.count:
+            return False
+        self.count //= 2
+        keep_last_layers(self.layers, self.count)
+        return True
 
 
 def troubles(history: Sequence[Mapping[str, float]]) -> dict[str, str]:

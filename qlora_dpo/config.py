@@ -87,11 +87,11 @@ class QLoRADPOConfig(TrainingArguments):
         metadata=_help("Recompute activations in the backward pass instead of keeping them."),
     )
     keep_layers: int | str | None = field(
-        default=0,
+        default="auto",
         metadata=_help(
             "Decoder layers, the last ones, whose activations are kept instead of recomputed, with "
-            "`gradient_checkpointing`: more memory, less to compute, the same gradient. `auto`: as many as "
-            "`qlora-dpo plan` finds room for on the GPU; none on a CPU."
+            "`gradient_checkpointing`: more memory, less to compute, the same gradient. `auto`: as many as the plan "
+            "finds room for, on a GPU, or on a CPU in half of its free memory."
         ),
     )
     activation_offloading: bool = field(
@@ -206,7 +206,7 @@ class QLoRADPOConfig(TrainingArguments):
         ),
     )
     max_tokens_per_forward: int | str | None = field(
-        default=None,
+        default="auto",
         metadata=_help(
             "Most tokens of one forward and backward; a batch beyond it is cut into pieces with the same gradient. "
             "None: no limit. `auto`: what `qlora-dpo plan` finds room for on the GPU; on a CPU no limit."
@@ -340,12 +340,17 @@ class QLoRADPOConfig(TrainingArguments):
             raise ValueError("`precompute_ref_log_probs` must be False with `sync_ref_model`: the reference moves.")
         self._check_choice("reference with sync_ref_model", self.reference, ("auto", "base", "initial"))
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether gradient checkpointing is on, under its newer or its older name."""
+        return bool(getattr(self, "activation_checkpointing", self.gradient_checkpointing))
+
     def _check_memory(self) -> None:
         """Refuse to keep layers where none is recomputed, and to move activations to where they are."""
         asked = self.keep_layers
         if not (asked in (None, "auto") or (type(asked) is int and asked >= 0)):
             raise ValueError(f"`keep_layers` must be a number of layers, 0 or more, or 'auto', got {asked!r}. Use 0.")
-        if asked and not getattr(self, "activation_checkpointing", self.gradient_checkpointing):
+        if asked not in (None, 0, "auto") and not self.recomputes:
             raise ValueError(
                 f"`keep_layers` must be 0 without `gradient_checkpointing`, where every layer is kept, got {asked}. "
                 "Leave it out."

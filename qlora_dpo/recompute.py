@@ -19,19 +19,17 @@ def checkpoint_activations(model: Any) -> None:
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The layers of a causal LM's decoder that can recompute themselves, first to last.
 
-    Raises:
-        ValueError: If there is none: the model's code is not built of transformers' own layers.
+    Empty if the model's code is not built of transformers' own layers.
     """
-    layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"`keep_layers` must be 0 for {type(model).__name__}, whose layers are not told apart, got another. Leave "
-            "it out."
-        )
-    return layers
+    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def keep_last_layers(layers: Sequence[nn.Module], count: int) -> None:
-    """Let the last layers keep their activations; the others stay as checkpointing set them. Idempotent."""
-    for layer in layers[len(layers) - count :]:
-        layer.gradient_checkpointing = False  # type: ignore[assignment]
+    """Let the last layers keep their activations and the others recompute them. Idempotent.
+
+    Args:
+        layers: Those of a model whose checkpointing is on.
+        count: How many are kept; more than there are is all.
+    """
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < len(layers) - count  # type: ignore[assignment]

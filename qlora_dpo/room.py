@@ -1,12 +1,15 @@
-"""What the options `auto` mean on the card at hand: how many tokens fit in a forward, how many layers can be kept."""
+"""What `auto` means on the machine at hand: how many tokens fit in a forward, how many layers can be kept."""
 
+import contextlib
+import warnings
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftModel
 
 from qlora_dpo.adapters import trained_adapters
-from qlora_dpo.errors import FixableError
 from qlora_dpo.footprint import OPTIMIZERS, MemoryOptions
 from qlora_dpo.memory import MemoryPlan, plan_memory
 from qlora_dpo.model import is_quantized
@@ -14,6 +17,9 @@ from qlora_dpo.recompute import decoder_layers
 
 MARGIN = 0.1
 """Share of a card that is left free: how far a plan may be off."""
+
+CONTAINER = Path("/sys/fs/cgroup")
+"""Where Linux says what memory a container may use."""
 
 
 def card_memory(device: torch.device) -> int | None:
@@ -23,6 +29,15 @@ def card_memory(device: torch.device) -> int | None:
     free, _ = torch.cuda.mem_get_info(device)
     mine = torch.cuda.memory_reserved(device) + MemoryOptions().device_context_bytes  # both count in a plan
     return int((1 - MARGIN) * (free + mine))
+
+
+def host_memory() -> int:
+    """Bytes that this process has and can get in CPU memory: half of what is free, as other programs need some too."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container, if it has one
+        limit, used = (int(Path(CONTAINER, name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return psutil.Process().memory_info().rss + max(free, 0) // 2
 
 
 def plan_for(policy: PeftModel, args: Any, card: int, tokens: int) -> MemoryPlan:
@@ -39,7 +54,7 @@ def plan_for(policy: PeftModel, args: Any, card: int, tokens: int) -> MemoryPlan
     options = MemoryOptions(
         tokens=tokens,
         lora_r=max([rank for rank in ranks if isinstance(rank, int)], default=MemoryOptions().lora_r),
-        gradient_checkpointing=bool(args.gradient_checkpointing),
+        gradient_checkpointing=args.recomputes,
         quantize=is_quantized(base),
         compute_dtype={"bf16": "bfloat16", "fp16": "float16"}.get(args.arithmetic, "float32"),
         optim=args.optim if args.optim in OPTIMIZERS else MemoryOptions().optim,
@@ -53,22 +68,24 @@ def plan_for(policy: PeftModel, args: Any, card: int, tokens: int) -> MemoryPlan
 
 
 def budget_for(policy: PeftModel, args: Any, device: torch.device) -> int | None:
-    """The token budget that `max_tokens_per_forward` asks for.
-
-    Raises:
-        FixableError: If `auto` finds no room for a single token.
-    """
+    """The token budget that `max_tokens_per_forward` asks for; `auto` is none on a CPU and where there is no plan."""
     asked, card = args.max_tokens_per_forward, card_memory(device)
     if asked != "auto" or card is None:
         return None if asked == "auto" else asked
-    plan = plan_for(policy, args, card, tokens=1)
+    try:
+        plan = plan_for(policy, args, card, tokens=1)
+    except NotImplementedError:  # a mixture of experts
+        return None
     if not plan.largest_tokens:
-        raise FixableError(f"The model must leave room to train on the card, got:\n{plan}")
-    return plan.largest_tokens
+        warnings.warn(f"By its plan the model leaves no room to train on the card:\n{plan}", stacklevel=2)
+    return plan.largest_tokens or None
 
 
 def kept_layers_for(policy: PeftModel, args: Any, device: torch.device, tokens: int) -> int:
     """The number of layers that `keep_layers` asks for.
+
+    `auto` is none where every layer is kept anyway, where activations are to go elsewhere, where the model is sharded,
+    and where no plan can be made.
 
     Args:
         policy: The policy.
@@ -76,10 +93,15 @@ def kept_layers_for(policy: PeftModel, args: Any, device: torch.device, tokens: 
         device: Where it is trained.
         tokens: Unique tokens of the largest forward.
     """
-    asked, card = args.keep_layers, card_memory(device)
-    if asked != "auto" or card is None:
-        return 0 if asked == "auto" else int(asked or 0)
-    plan, layers = plan_for(policy, args, card, tokens), len(decoder_layers(policy.get_base_model()))
+    if args.keep_layers != "auto":
+        return int(args.keep_layers or 0)
+    layers = len(decoder_layers(policy.get_base_model()))
+    if not (layers and args.recomputes) or args.activation_offloading or args.fsdp or args.deepspeed:
+        return 0
+    try:
+        plan = plan_for(policy, args, card_memory(device) or host_memory(), tokens)
+    except NotImplementedError:
+        return 0
     low, high = 0, layers + 1  # `low` fits or is 0
     while high - low > 1:
         middle = (low + high) // 2

@@ -30,7 +30,7 @@ from qlora_dpo.arguments import (
     tokenizer_from,
 )
 from qlora_dpo.budget import Rescue, forwards_of, longest_rows
-from qlora_dpo.callbacks import KeepLayers, SyncReference, WatchPreferences
+from qlora_dpo.callbacks import SyncReference, WatchPreferences
 from qlora_dpo.checkpoints import checkpoint_to_resume
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
@@ -48,6 +48,7 @@ from qlora_dpo.model import keep_one_arithmetic
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
+from qlora_dpo.recompute import checkpoint_activations
 from qlora_dpo.record import read_record
 from qlora_dpo.reference import (
     GIVEN,
@@ -162,6 +163,11 @@ class QLoRADPOTrainer(SavingTrainer):
             )
         self.data_collator.max_tokens = budget_for(policy, args, args.device)
         self.given = "ref_logps" in (getattr(self.train_dataset, "column_names", None) or [])  # instead of a reference
+        if args.keep_layers not in (None, 0, "auto") and not self.kept.layers:
+            raise ValueError(
+                f"`keep_layers` must be 0 for {type(policy.get_base_model()).__name__}, whose layers are not told "
+                f"apart, got {args.keep_layers}. Leave it out."
+            )
         self._add_own_callbacks()
         self._signature_columns = [*GROUP_COLUMNS, *VALUE_COLUMNS]
         self.can_return_loss = True
@@ -174,9 +180,7 @@ class QLoRADPOTrainer(SavingTrainer):
         if args.sample_generations:
             every, tokens = args.sample_generations_every, args.sample_max_new_tokens
             self.add_callback(SampleGenerations(self, args.sample_generations, every, tokens))
-        if args.keep_layers:
-            self._kept = KeepLayers(self.model.get_base_model())
-            self.add_callback(self._kept)
+        self.add_callback(self.kept)
         if isinstance(self.reference, AverageReference):
             self.sync = SyncReference(self.reference, args.ref_model_sync_steps)
             self.add_callback(self.sync)
@@ -267,10 +271,13 @@ class QLoRADPOTrainer(SavingTrainer):
         if isinstance(self.reference, CachedReference):
             self._precompute_reference()
         self._check_start()
-        if self.args.keep_layers:
-            tokens = self.data_collator.max_tokens or self._longest_batch()
-            self._kept.count = kept_layers_for(self.model, self.args, self.args.device, tokens)
+        longest = self._longest_batch()
+        tokens = min(longest, self.data_collator.max_tokens or longest)
+        self.kept.count = kept_layers_for(self.model, self.args, self.args.device, tokens)
         if self.args.device.type != "cpu":
+            if self.args.recomputes:
+                checkpoint_activations(self.model.get_base_model())  # as `Trainer` will, when training begins
+                self.kept.apply()
             self._try_longest()
         self._unprepare()
         self.forget_log()

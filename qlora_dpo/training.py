@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from qlora_dpo.budget import Rescue
-from qlora_dpo.callbacks import SyncReference
+from qlora_dpo.callbacks import KeepLayers, SyncReference
 from qlora_dpo.memory import GIB, peak_memory
 from qlora_dpo.metrics import RunningSums, summarize
 from qlora_dpo.offload import activations_moved
@@ -40,7 +40,8 @@ class StepTrainer(Trainer):
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
         alone = self.args.world_size == 1
-        self._rescue = Rescue(self.data_collator, self._restart, self._give_up, alone)
+        self.kept = KeepLayers(self.model.get_base_model())
+        self._rescue = Rescue(self.data_collator, self._restart, self._give_up, self.kept.keep_fewer, alone)
 
     def forget_log(self) -> None:
         """Let the next log line pool what comes from here on."""

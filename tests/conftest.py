@@ -55,6 +55,7 @@ def make_args(tmp_path):
 
     def make(**options):
         defaults = {"bf16": False, "logging_steps": 1, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+        defaults["keep_layers"] = 0  # so that recomputed layers are what most tests run
         output_dir = options.pop("output_dir", str(tmp_path / "run"))
         return QLoRADPOConfig(output_dir=output_dir, **(defaults | options))
 

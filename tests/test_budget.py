@@ -93,6 +93,32 @@ def test_a_step_that_runs_out_of_memory_is_the_same_step(tokenizer, make_args, m
         assert line == {key: pytest.approx(value, rel=1e-4, abs=1e-6) for key, value in expected.items()}
 
 
+def test_kept_layers_are_given_up_before_forwards_are_cut(tokenizer, make_args, monkeypatch):
+    """Room for no forward while a layer keeps its activations: the layers recompute, and no budget is set."""
+    expected = run(tokenizer, make_args)
+    expected[0].train()
+    trainer, keep = run(tokenizer, make_args, keep_layers=2)
+    ready(trainer)
+    memory = Memory(monkeypatch, 0)
+    keep_fewer = trainer.kept.keep_fewer
+
+    def give_back():
+        given = keep_fewer()
+        memory.most = 0 if trainer.kept.count else 10_000
+        return given
+
+    trainer._rescue.keep_fewer = give_back
+    with pytest.warns(UserWarning, match="Memory ran out on a forward of .* tokens .row .* fewer layers kept"):
+        trainer.train()
+    assert len(memory.refused) == 2
+    assert trainer.kept.count == 0
+    assert all(layer.gradient_checkpointing for layer in trainer.kept.layers)
+    assert trainer.data_collator.max_tokens is None
+    assert len(keep.gradients) == 2
+    for one, other in zip(keep.gradients, expected[1].gradients, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_budget_stays_and_memory_runs_out_no_more(tokenizer, make_args, monkeypatch):
     trainer, _ = run(tokenizer, make_args, max_steps=4)
     ready(trainer)

@@ -62,7 +62,6 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"keep_layers": 2.0}, "`keep_layers` must be a number of layers"),
         ({"keep_layers": True}, "`keep_layers` must be a number of layers"),
         ({"keep_layers": 2, "gradient_checkpointing": False}, "`keep_layers` must be 0 without `gradient_checkpoint"),
-        ({"keep_layers": "auto", "gradient_checkpointing": False}, "`keep_layers` must be 0 without"),
         ({"activation_offloading": True, "use_cpu": True}, "`activation_offloading` must be False without a CUDA"),
     ],
 )
