@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import yaml
 from peft import PeftModel
 
 from qlora_dpo import load_policy
+from qlora_dpo.cli import main
+from qlora_dpo.memory import SAVERS
 from qlora_dpo.model import load_base
 
 from tiny_chat import ranked_row
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SAVING_OPTIONS = [name for saver in SAVERS for name in saver.change]
 
 
 @pytest.fixture
@@ -93,3 +97,30 @@ def test_accelerate_configs_are_read():
         assert (
             ClusterConfig.from_yaml_file(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]
         )
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plan_says_that_a_recipe_fits_its_card(path, capsys):
+    """With a twentieth of the card to spare, and with the options of the recipe and no others."""
+    text = path.read_text()
+    recipe = yaml.safe_load(text)
+    (command,) = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# qlora-dpo plan")]
+    _, _, *words = shlex.split(command)
+    asked = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert asked.pop("model") in recipe["model_name_or_path"].lower()
+    assert asked.pop("gpu") == path.stem.split("-")[0].upper()
+    assert asked.pop("tokens") == str(recipe["max_tokens_per_forward"])
+    options = {name: str(recipe[name]).lower() for name in SAVING_OPTIONS if name in recipe}
+    assert asked == options
+    assert recipe["lora_r"] == 16  # the plan's default
+    assert 2 * recipe["max_length"] <= recipe["max_tokens_per_forward"]  # a pair is one forward
+
+    assert main(["plan", *words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["peak_bytes"] < 0.95 * plan["gpu_bytes"]
+
+
+def test_there_is_a_recipe_for_every_size_of_card():
+    sizes = {path.stem.split("-")[0] for path in (EXAMPLES / "recipes").glob("*.yaml")}
+    assert sizes == {"8gb", "12gb", "16gb", "24gb", "48gb"}

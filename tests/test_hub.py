@@ -1,6 +1,7 @@
 """Publishing, with the real client against a small Hub on loopback: what is uploaded, what fails and how it says so."""
 
 import json
+import runpy
 import shutil
 import warnings
 from pathlib import Path
@@ -395,3 +396,15 @@ def test_nothing_is_warned_about_an_adapter_on_an_id(hub, adapter):
         warnings.simplefilter("error", UserWarning)
         push_adapter(str(adapter), "ada/tiny-dpo")
     assert qlora_dpo.hub.TRIES > 1
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_the_example_pushes_and_loads_what_it_pushed(hub, adapter, base_folder, monkeypatch, capsys, public):
+    example = Path(__file__).parent.parent / "examples" / "push_to_hub.py"
+    words = ["--adapter", str(adapter), "--repo_id", "ada/tiny-dpo", *["--public"] * public]
+    monkeypatch.setattr("sys.argv", [str(example), *words])
+    runpy.run_path(str(example), run_name="__main__")
+    said = capsys.readouterr().out
+    assert hub.repos["ada/tiny-dpo"].private is not public
+    assert hub.repos["ada/tiny-dpo"].branches["main"] in said
+    assert f"loaded from there: adapter 'default' on {base_folder}" in said

@@ -68,9 +68,12 @@ def test_the_plan_of_the_readme_is_the_one_that_is_printed(capsys):
     assert blocks("text") == [capsys.readouterr().out]
 
 
-@pytest.mark.parametrize("name", ["README", *sorted(p.name for p in (ROOT / "examples").glob("*.yaml"))])
+RECIPES = sorted(str(path) for folder in ("", "recipes") for path in (ROOT / "examples" / folder).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", ["README", *RECIPES], ids=lambda name: Path(name).stem)
 def test_recipes_train(name, base_folder, rows_file, tmp_path):
-    text = blocks("yaml")[0] if name == "README" else (ROOT / "examples" / name).read_text()
+    text = blocks("yaml")[0] if name == "README" else Path(name).read_text()
     options = yaml.safe_load(text)
     local = {
         "model_name_or_path": base_folder,
