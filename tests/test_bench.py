@@ -114,3 +114,38 @@ def test_a_run_that_fails_is_said_and_the_others_count(bench, report_of, monkeyp
     with pytest.raises(AssertionError):  # main returns 1
         report_of(groups(3))
     assert "failed: trl" in capsys.readouterr().out
+
+
+def test_the_profile_accounts_for_every_second_of_a_step(base_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    profile = importlib.import_module("profile_step")
+    data, output = tmp_path / "rows.jsonl", tmp_path / "profile.json"
+    data.write_text("".join(json.dumps(chat_row(seed)) + "\n" for seed in range(9)))
+    words = ["--data", str(data), "--model", base_folder, "--dtype", "float32", "--batch_size", "3", "--steps", "2"]
+    assert profile.main([*words, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    whole = sum(found["seconds"].values()) + found["not_in_operators"]
+    assert whole == pytest.approx(found["profiled_seconds_per_step"])
+    assert 0 < found["not_in_operators"] < whole
+    assert 0 < found["share_of_peak_in_step"] < found["share_of_peak_in_products"]
+    assert len(found["unique_tokens"]) == 2
+    printed = capsys.readouterr().out
+    for part in (*profile.PARTS, "elementwise"):
+        assert found["seconds"][part] > 0
+        assert f"| {part} |" in printed
+
+
+@pytest.mark.parametrize(
+    ("operator", "part"),
+    [
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("bitsandbytes::dequantize_4bit", "dequantisation"),
+        ("aten::addmm", "matrix products"),
+        ("aten::copy_", "casts and copies"),
+        ("aten::argmax", "exponentials and reductions"),
+        ("aten::mul", "elementwise"),
+    ],
+)
+def test_operators_are_told_apart(operator, part, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    assert importlib.import_module("profile_step").part_of(operator) == part
