@@ -14,18 +14,10 @@ from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import DataReport, prepare_dataset, show, value_columns
 from qlora_dpo.layouts import GroupCollator
 from qlora_dpo.metrics import HIGHER_IS_BETTER, best_metric_key
-from qlora_dpo.model import (
-    adapter_folder,
-    attach_adapter,
-    is_quantized,
-    load_base,
-    load_policy,
-    load_tokenizer,
-    with_pad_token,
-    with_revision,
-)
+from qlora_dpo.model import attach_adapter, is_quantized, load_base, load_policy, load_tokenizer, with_pad_token
 from qlora_dpo.objective import Objective, check_columns
 from qlora_dpo.origins import data_origin, named_origin
+from qlora_dpo.paths import adapter_folder, with_revision
 from qlora_dpo.reference import Reference, make_reference, require_no_other
 
 

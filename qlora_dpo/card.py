@@ -18,7 +18,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora_dpo.measures import Estimate, PreferenceReport
-from qlora_dpo.model import split_revision
+from qlora_dpo.paths import split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter, weights_hash
 from qlora_dpo.report import PICTURES, STATE_NAME, curve_charts, picture_name, target_names, write_pictures
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from qlora_dpo.model import RECORD_NAME
+from qlora_dpo.paths import RECORD_NAME
 
 MANIFEST_NAME = "manifest.json"
 """What lies in a checkpoint when all of it was written: every file's size and SHA-256."""

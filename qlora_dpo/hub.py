@@ -17,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 
 from qlora_dpo.card import PICTURES, is_id, is_own, write_card
 from qlora_dpo.errors import PushError
-from qlora_dpo.model import ADAPTER_FILES, RECORD_NAME, TOKENIZER_FILES, require_safetensors
+from qlora_dpo.paths import ADAPTER_FILES, RECORD_NAME, TOKENIZER_FILES, require_safetensors
 from qlora_dpo.record import read_record, saved_adapter
 
 TRIES = 5

@@ -18,7 +18,8 @@ from transformers.utils import cached_file
 
 from qlora_dpo.compare import MergeDifference, compared, scored_as_trained
 from qlora_dpo.fold import BaseWeights, Fold
-from qlora_dpo.model import adapters_below, check_path, load_tokenizer
+from qlora_dpo.model import adapters_below, load_tokenizer
+from qlora_dpo.paths import check_path
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter
 from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes, weight_files
 

@@ -1,17 +1,14 @@
 """Loading: a 4-bit base with LoRA adapters attached, ready to train."""
 
-import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -21,7 +18,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -30,7 +27,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from qlora_dpo.adapters import (
     free_name,
@@ -40,19 +36,17 @@ from qlora_dpo.adapters import (
 )
 from qlora_dpo.config import best_precision
 from qlora_dpo.offload import keep_embeddings_on_cpu, require_frozen_embeddings
-from qlora_dpo.recompute import checkpoint_activations
-
-RECORD_NAME = "qlora_dpo.json"
-UNKNOWN = "unknown"
-"""What a record says of an adapter or a reference that was in memory only."""
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+from qlora_dpo.paths import (
+    RECORD_NAME,
+    UNKNOWN,
+    adapter_folder,
+    at_revision,
+    base_of,
+    check_path,
+    local_adapter,
+    with_revision,
 )
-"""Files of a tokenizer, as patterns."""
-ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RECORD_NAME)
-"""Files of an adapter; of its weights only safetensors, which cannot run code."""
+from qlora_dpo.recompute import checkpoint_activations
 
 
 def compute_dtype() -> torch.dtype:
@@ -90,109 +84,6 @@ def keep_one_arithmetic(model: nn.Module) -> None:
 def is_quantized(model: nn.Module) -> bool:
     """Whether the model's weights are in 4 or 8 bit."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
-
-
-def split_revision(path_or_id: str, what: str) -> tuple[str, str | None]:
-    """A path, with `~` expanded, or a Hub id, and the revision that `id@revision` names.
-
-    A path that is not there is refused before anything tries a download.
-
-    Raises:
-        FileNotFoundError: If it looks like a path and is not one.
-        ValueError: If nothing stands before or behind the `@`.
-    """
-    path = Path(path_or_id).expanduser()
-    if path.exists():
-        return str(path), None
-    name, at, revision = path_or_id.partition("@")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"The {what} must be a folder or a Hub id, got {path_or_id}. Check the path.")
-    if at and not (name and revision):
-        raise ValueError(f"The {what} must be id@revision, got {path_or_id}. Name a branch, tag or commit.")
-    return name, revision or None
-
-
-def check_path(path_or_id: str, what: str) -> str:
-    """The path, with `~` expanded, or the id with its revision; as `split_revision` refuses them."""
-    name, revision = split_revision(path_or_id, what)
-    return name if revision is None else f"{name}@{revision}"
-
-
-def with_revision(path_or_id: str, options: dict[str, Any], what: str = "model") -> tuple[str, dict[str, Any]]:
-    """A path or id, and keyword arguments of `from_pretrained` with the revision of `id@revision` among them.
-
-    Raises:
-        ValueError: If the keyword arguments name another revision.
-    """
-    name, revision = split_revision(path_or_id, what)
-    asked = options.get("revision")
-    if revision is not None and asked not in (None, revision):
-        raise ValueError(f"`revision` must be left out for {path_or_id}, which names one, got {asked}. Name it once.")
-    return name, options if revision is None else options | {"revision": revision}
-
-
-@contextlib.contextmanager
-def _at_revision(what: str, name: str, revision: str | None) -> Iterator[None]:
-    """Say plainly if a Hub id has no such revision."""
-    try:
-        yield
-    except OSError as error:
-        if RevisionNotFoundError in (type(error), type(error.__cause__)):
-            raise ValueError(
-                f"The {what} must be at a branch, tag or commit of {name}, got {revision!r}, which it does not have. "
-                "Name another."
-            ) from error
-        raise
-
-
-def adapter_folder(path_or_id: str, token: str | bool | None = None) -> bool:
-    """Whether a folder or a Hub id holds an adapter."""
-    name, revision = split_revision(path_or_id, "model")
-    with _at_revision("model", name, revision):
-        return find_adapter_config_file(name, revision=revision, token=token) is not None
-
-
-def local_adapter(path_or_id: str, token: str | bool | None = None) -> str:
-    """The folder of a saved adapter; that of an id lies in the cache, with nothing but the adapter's files.
-
-    Raises:
-        FileNotFoundError: If there is no such folder or id.
-        ValueError: If its weights are not in safetensors.
-    """
-    name, revision = split_revision(path_or_id, "adapter")
-    if Path(name).exists():
-        folder = name
-    else:
-        # an adapter that is not named `default` lies in a sub-folder; so do checkpoints, which are not wanted
-        wanted = [*ADAPTER_FILES, *(f"*/{file}" for file in ADAPTER_FILES), *TOKENIZER_FILES]
-        unwanted = ["checkpoint-*", "last-checkpoint/*"]
-        try:
-            with _at_revision("adapter", name, revision):
-                folder = snapshot_download(
-                    name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, token=token
-                )
-        except (FileNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
-            raise FileNotFoundError(
-                f"The adapter must be a folder or a Hub id, got {path_or_id}: no such folder, and from the Hub "
-                f"{type(error).__name__}. Check the path, or the id, and for a private one that you are logged in."
-            ) from error
-    if Path(folder, CONFIG_NAME).is_file():
-        require_safetensors(folder, path_or_id)
-    return folder
-
-
-def require_safetensors(folder: str, name: str) -> None:
-    """Refuse an adapter without weights in safetensors: a `.bin` file is a pickle, which may run code when read.
-
-    Raises:
-        ValueError: If so.
-    """
-    if not Path(folder, SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ValueError(
-            f"The adapter {name} must have its weights in {SAFETENSORS_WEIGHTS_NAME}, got none (a {WEIGHTS_NAME} is "
-            "not read: it may run code). If you trust it, load it with PeftModel.from_pretrained, save it with "
-            "save_pretrained, and name that folder."
-        )
 
 
 def device_map() -> dict[str, Any]:
@@ -238,7 +129,7 @@ def load_base(
     kwargs.setdefault("dtype", compute_dtype())
     kwargs.setdefault("device_map", device_map())
     name, kwargs = with_revision(model_id, kwargs)
-    with _at_revision("model", name, kwargs.get("revision")):
+    with at_revision("model", name, kwargs.get("revision")):
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     model.config.use_cache = False
     keep_one_arithmetic(model)
@@ -348,6 +239,7 @@ def load_policy(
         policy = attach_adapter(base, peft_config, model_kwargs.get("revision"))
     else:
         policy = _with_trained(base, check_path(adapter, "adapter"), peft_config, token)
+        warn_of_another_quantization(adapter, base, token)
         for config in policy.peft_config.values():
             config.revision = model_kwargs.get("revision")
     require_frozen_embeddings(policy)
@@ -383,6 +275,37 @@ def _with_trained(
         require_all_weights(policy, adapter, name)
         policy.adapter_sources[name] = adapter
     return policy
+
+
+def warn_of_another_quantization(adapter: str, base: PreTrainedModel, token: str | bool | None = None) -> None:
+    """Warn if an adapter was trained on its base in other bits, as its record says: the rounding differs."""
+    path = Path(local_adapter(adapter, token), RECORD_NAME)
+    if not path.is_file():
+        return
+    then = json.loads(path.read_text()).get("quantization") or {}
+    config = getattr(base.config, "quantization_config", None)
+    now = {} if config is None else config if isinstance(config, dict) else config.to_dict()
+    was, found = (_bits(options) for options in (then, now))
+    if was != found:
+        warnings.warn(
+            f"The adapter {adapter} must be on its base as it was trained, {was}, to go on exactly, got {found}. Set "
+            "`quantize`, `quantization_config` or `quantize_head`.",
+            stacklevel=3,
+        )
+
+
+def _bits(quantization: dict[str, Any]) -> str:
+    """How a quantisation rounds weights, in words.
+
+    >>> _bits({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})
+    'in 4 bit (nf4, double)'
+    """
+    if quantization.get("load_in_4bit"):
+        kind = [str(quantization.get("bnb_4bit_quant_type"))]
+        kind += ["double"] if quantization.get("bnb_4bit_use_double_quant") else []
+        kind += ["head too"] if quantization.get("llm_int8_skip_modules") == [] else []
+        return f"in 4 bit ({', '.join(kind)})"
+    return "in 8 bit" if quantization.get("load_in_8bit") else "not quantised"
 
 
 def adapters_below(adapter: str) -> list[str]:
@@ -456,11 +379,6 @@ def require_all_weights(policy: PeftModel, source: str, name: str) -> None:
     set_peft_model_state_dict(policy, state, adapter_name=name)
 
 
-def base_of(adapter: str, token: str | bool | None = None) -> str:
-    """The base model that an adapter names."""
-    return str(PeftConfig.from_pretrained(local_adapter(adapter, token)).base_model_name_or_path)
-
-
 def load_tokenizer(path_or_id: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model or adapter, with a padding token (EOS if it has none)."""
     if adapter_folder(path_or_id):
@@ -472,7 +390,7 @@ def load_tokenizer(path_or_id: str, **kwargs: Any) -> PreTrainedTokenizerBase:
             path_or_id = str(config.base_model_name_or_path)
             kwargs.setdefault("revision", config.revision or "main")
     name, kwargs = with_revision(path_or_id, kwargs, "tokenizer")
-    with _at_revision("tokenizer", name, kwargs.get("revision")):
+    with at_revision("tokenizer", name, kwargs.get("revision")):
         return with_pad_token(AutoTokenizer.from_pretrained(name, **kwargs))
 
 

@@ -12,8 +12,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
-from qlora_dpo.model import RECORD_NAME, UNKNOWN, local_adapter
 from qlora_dpo.origins import base_commit, base_licence, versions
+from qlora_dpo.paths import RECORD_NAME, UNKNOWN, local_adapter
 from qlora_dpo.reference import Reference, reference_hash
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora_dpo.logps import LogitRule
-from qlora_dpo.model import check_path
+from qlora_dpo.paths import check_path
 
 _COLUMNS = (
     "hidden_size",

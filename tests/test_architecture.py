@@ -11,7 +11,19 @@ PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
     {"errors", "offload", "recompute"},
-    {"preferences", "scores", "origins", "losses", "logps", "metrics", "cache", "averaging", "adapters", "lora"},
+    {
+        "preferences",
+        "scores",
+        "origins",
+        "losses",
+        "logps",
+        "metrics",
+        "cache",
+        "paths",
+        "averaging",
+        "adapters",
+        "lora",
+    },
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},
     {"objective", "layouts", "segments", "kernels", "attention", "data", "sampling", "budget"},

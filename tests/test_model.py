@@ -1,6 +1,9 @@
 """Loading: real 4-bit layers, fp32 adapters, and no change of arithmetic along the way."""
 
+import json
 import random
+import re
+import warnings
 
 import bitsandbytes as bnb
 import pytest
@@ -165,3 +168,29 @@ def test_adapters_on_a_sixteen_bit_base_are_fp32_too(base_folder):
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     policy = attach_adapter(model)
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        (NF4, None),
+        (None, "not quantised, to go on exactly, got in 4 bit .nf4, double.*Set `quantize`"),
+        (NF4 | {"bnb_4bit_quant_type": "fp4"}, "in 4 bit .fp4, double., to go on"),
+        (NF4 | {"bnb_4bit_use_double_quant": False}, "in 4 bit .nf4., to go on"),
+        (NF4 | {"llm_int8_skip_modules": []}, "head too., to go on"),
+        ({"load_in_8bit": True}, "in 8 bit, to go on"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_a_base_in_other_bits_is_warned_of(policy, base_folder, tmp_path, then, said):
+    policy.save_pretrained(tmp_path)
+    (tmp_path / "qlora_dpo.json").write_text(json.dumps({"quantization": then}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_policy(base_folder, adapter=str(tmp_path))
+    found = [str(w.message) for w in caught if "as it was trained" in str(w.message)]
+    assert len(found) == (said is not None)
+    assert said is None or re.search(said, found[0])
