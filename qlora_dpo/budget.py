@@ -101,6 +101,8 @@ class Rescue:
                 "step is done again with fewer layers kept, and the run goes on with that.",
                 stacklevel=2,
             )
+            for sample in self.samples:
+                sample.update(self.collator.place(sample["groups"]))  # without what a first stage left in it
             return
         self.collator.max_tokens = max(1, tokens // 2)
         with warnings.catch_warnings():

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora_dpo.recompute import decoder_layers, keep_last_layers
+from qlora_dpo.recompute import decoder_layers
 from qlora_dpo.reference import AverageReference
 
 PATIENCE = 3
@@ -37,23 +37,29 @@ class KeepLayers(TrainerCallback):
 
     def __init__(self, model: Any, count: int = 0) -> None:
         self.layers, self.count = decoder_layers(model), count
+        self._recomputing: list[bool] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After `Trainer` has turned checkpointing on, and before the first forward."""
-        self.apply()
+        self.begin()
 
-    def apply(self) -> None:
-        """Set the layers; those of a model that recomputes nothing stay so."""
-        if self.count:
-            keep_last_layers(self.layers, self.count)
+    def begin(self) -> None:
+        """Take note of the layers that recompute as checkpointing set them, and let the last ones keep instead."""
+        self._recomputing = [bool(layer.gradient_checkpointing) for layer in self.layers]
+        self.count = min(self.count, len(self.layers))
+        self._set()
 
     def keep_fewer(self) -> bool:
         """Keep half as many, to give memory back; returns whether any was kept."""
         if not self.count:
             return False
         self.count //= 2
-        keep_last_layers(self.layers, self.count)
+        self._set()
         return True
+
+    def _set(self) -> None:
+        for number, (layer, recomputing) in enumerate(zip(self.layers, self._recomputing, strict=True)):
+            layer.gradient_checkpointing = recomputing and number < len(self.layers) - self.count  # type: ignore[assignment]
 
 
 def troubles(history: Sequence[Mapping[str, float]]) -> dict[str, str]:

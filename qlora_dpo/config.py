@@ -91,7 +91,7 @@ class QLoRADPOConfig(TrainingArguments):
         metadata=_help(
             "Decoder layers, the last ones, whose activations are kept instead of recomputed, with "
             "`gradient_checkpointing`: more memory, less to compute, the same gradient. `auto`: as many as the plan "
-            "finds room for, on a GPU, or on a CPU in half of its free memory."
+            "finds room for, on a GPU, or on a CPU in half of its free memory. `none`: 0."
         ),
     )
     activation_offloading: bool = field(
@@ -265,8 +265,9 @@ class QLoRADPOConfig(TrainingArguments):
         if not isinstance(self.loss_type, (list, tuple)):
             raise TypeError(f"`loss_type` must be a name or a list of them, got {self.loss_type!r}. Use 'sigmoid'.")
         for name in ("keep_layers", "max_tokens_per_forward"):
-            if isinstance(text := getattr(self, name), str) and text.isdecimal():
-                setattr(self, name, int(text))
+            text = getattr(self, name)
+            if isinstance(text, str) and (text.isdecimal() or text.lower() in ("none", "null")):
+                setattr(self, name, int(text) if text.isdecimal() else None)
         for name in (*RANGES, "learning_rate", "ld_alpha", "f_alpha_divergence_coef", "ref_model_mixup_alpha"):
             value = getattr(self, name, None)
             if isinstance(value, str):

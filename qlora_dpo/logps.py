@@ -199,7 +199,7 @@ def frozen_head_token_scores(
         targets: `(N,)` token ids.
         rule: Scale and soft-cap of the model.
         chunk_size: Positions in a tile; None for `chunk_length`'s.
-        statistics: Which statistics to compute too, by name as in `tile_statistics`.
+        statistics: Which statistics to compute too, by name as in `tile_scores`.
 
     Returns:
         `token_logps` `(N,)` in nats, differentiable in `hidden`, and `(N,)` per statistic without gradient; at least

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from qlora_dpo.footprint import OPTIMIZERS, MemoryOptions, held, phases
@@ -29,6 +30,11 @@ def peak_memory(device: torch.device) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a model's weights take, in bytes."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,11 @@ def keep_embeddings_on_cpu(model: PreTrainedModel) -> None:
             part.__class__ = _model_class(type(part))
 
 
+def has_embeddings_on_cpu(model: PreTrainedModel) -> bool:
+    """Whether `keep_embeddings_on_cpu` was called for the model."""
+    return isinstance(model.get_input_embeddings(), _TableOnCpu)
+
+
 def require_frozen_embeddings(policy: Any) -> None:
     """Refuse to train embeddings that are kept in CPU memory.
 

@@ -1,6 +1,5 @@
 """Gradient checkpointing: which decoder layers keep their activations for the backward pass instead of recomputing."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -21,15 +20,6 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
     Empty if the model's code is not built of transformers' own layers.
     """
-    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def keep_last_layers(layers: Sequence[nn.Module], count: int) -> None:
-    """Let the last layers keep their activations and the others recompute them. Idempotent.
-
-    Args:
-        layers: Those of a model whose checkpointing is on.
-        count: How many are kept; more than there are is all.
-    """
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < len(layers) - count  # type: ignore[assignment]
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return [layer for layer in lists[0] if isinstance(layer, GradientCheckpointingLayer)] if lists else []

@@ -1,6 +1,7 @@
 """What `auto` means on the machine at hand: how many tokens fit in a forward, how many layers can be kept."""
 
 import contextlib
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ from qlora_dpo.adapters import trained_adapters
 from qlora_dpo.footprint import OPTIMIZERS, MemoryOptions
 from qlora_dpo.memory import MemoryPlan, plan_memory
 from qlora_dpo.model import is_quantized
+from qlora_dpo.offload import has_embeddings_on_cpu
 from qlora_dpo.recompute import decoder_layers
 
 MARGIN = 0.1
 """Share of a card that is left free: how far a plan may be off."""
 
 CONTAINER = Path("/sys/fs/cgroup")
-"""Where Linux says what memory a container may use."""
+CONTAINER_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""Where Linux says what memory a container may use and does, in control groups of version 2 and 1."""
 
 
 def card_memory(device: torch.device) -> int | None:
@@ -32,15 +38,24 @@ def card_memory(device: torch.device) -> int | None:
 
 
 def host_memory() -> int:
-    """Bytes that this process has and can get in CPU memory: half of what is free, as other programs need some too."""
+    """Bytes that this process has and can get in CPU memory.
+
+    Half of what is free, as other programs need some too, shared with the other processes of the training.
+    """
     free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # the limit of a container, if it has one
-        limit, used = (int(Path(CONTAINER, name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    return psutil.Process().memory_info().rss + max(free, 0) // 2
+    for names in CONTAINER_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit in it
+            limit, used = (int(Path(CONTAINER, name).read_text()) for name in names)
+            free = min(free, limit - used)
+    return psutil.Process().memory_info().rss + max(free, 0) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def plan_for(policy: PeftModel, args: Any, card: int, tokens: int) -> MemoryPlan:
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that this process has and can get where it trains; None where that is not known."""
+    return host_memory() if device.type == "cpu" else card_memory(device)
+
+
+def plan_for(policy: PeftModel, args: Any, card: int, tokens: int, device: torch.device) -> MemoryPlan:
     """The memory plan of a policy as it is to be trained.
 
     Args:
@@ -48,6 +63,7 @@ def plan_for(policy: PeftModel, args: Any, card: int, tokens: int) -> MemoryPlan
         args: The configuration.
         card: Bytes of the card.
         tokens: Unique tokens of a forward.
+        device: Where it is trained.
     """
     base = policy.get_base_model()
     ranks = [getattr(policy.peft_config[name], "r", None) for name in trained_adapters(policy)]
@@ -60,50 +76,60 @@ def plan_for(policy: PeftModel, args: Any, card: int, tokens: int) -> MemoryPlan
         optim=args.optim if args.optim in OPTIMIZERS else MemoryOptions().optim,
         activation_offloading=args.activation_offloading,
         quantize_head=hasattr(base.get_output_embeddings(), "compute_dtype"),
-        embeddings_on_cpu=base.get_input_embeddings().weight.device.type == "cpu",
+        embeddings_on_cpu=has_embeddings_on_cpu(base) and device.type != "cpu",
         cached_reference=args.precompute_ref_log_probs,
         logps_chunk_size=args.logps_chunk_size,
     )
     return plan_memory(base.config, gpu_bytes=card, **vars(options))
 
 
-def budget_for(policy: PeftModel, args: Any, device: torch.device) -> int | None:
-    """The token budget that `max_tokens_per_forward` asks for; `auto` is none on a CPU and where there is no plan."""
-    asked, card = args.max_tokens_per_forward, card_memory(device)
-    if asked != "auto" or card is None:
-        return None if asked == "auto" else asked
+def _planned(policy: PeftModel, args: Any, card: int, tokens: int, device: torch.device) -> MemoryPlan | None:
+    """The plan; None for a model that cannot be planned: a mixture of experts, layers without attention, own code."""
     try:
-        plan = plan_for(policy, args, card, tokens=1)
-    except NotImplementedError:  # a mixture of experts
+        return plan_for(policy, args, card, tokens, device)
+    except Exception:  # an option's default must not keep a model of any kind from training
         return None
-    if not plan.largest_tokens:
+
+
+def budget_for(policy: PeftModel, args: Any, device: torch.device, others: int = 0) -> int | None:
+    """The token budget that `max_tokens_per_forward` asks for; `auto` is none on a CPU and where there is no plan.
+
+    Args:
+        policy: The policy.
+        args: The configuration.
+        device: Where it is trained.
+        others: Bytes of the card that other models take.
+    """
+    if args.max_tokens_per_forward != "auto":
+        return args.max_tokens_per_forward
+    card = card_memory(device)
+    plan = None if card is None else _planned(policy, args, max(1, card - others), 1, device)
+    if plan is not None and not plan.largest_tokens:
         warnings.warn(f"By its plan the model leaves no room to train on the card:\n{plan}", stacklevel=2)
-    return plan.largest_tokens or None
+    return None if plan is None else plan.largest_tokens or None
 
 
-def kept_layers_for(policy: PeftModel, args: Any, device: torch.device, tokens: int) -> int:
+def kept_layers_for(policy: PeftModel, args: Any, device: torch.device, tokens: int, others: int = 0) -> int:
     """The number of layers that `keep_layers` asks for.
 
-    `auto` is none where every layer is kept anyway, where activations are to go elsewhere, where the model is sharded,
-    and where no plan can be made.
+    `auto` is none where layers are kept anyway, where activations are to go elsewhere, and where there is no plan.
 
     Args:
         policy: The policy.
         args: The configuration.
         device: Where it is trained.
         tokens: Unique tokens of the largest forward.
+        others: Bytes of the memory there that other models take.
     """
     if args.keep_layers != "auto":
         return int(args.keep_layers or 0)
-    layers = len(decoder_layers(policy.get_base_model()))
-    if not (layers and args.recomputes) or args.activation_offloading or args.fsdp or args.deepspeed:
+    layers, memory = len(decoder_layers(policy.get_base_model())), memory_of(device)
+    some = (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1) > 1  # which recompute, and the rest not
+    if not layers or not args.recomputes or some or args.activation_offloading or memory is None:
         return 0
-    try:
-        plan = plan_for(policy, args, card_memory(device) or host_memory(), tokens)
-    except NotImplementedError:
-        return 0
-    low, high = 0, layers + 1  # `low` fits or is 0
-    while high - low > 1:
+    plan = _planned(policy, args, max(1, memory - others), tokens, device)
+    low, high = 0, 1 if plan is None else layers + 1  # `low` fits or is 0
+    while plan is not None and high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if plan.changed(keep_layers=middle).fits else (low, middle)
     return low

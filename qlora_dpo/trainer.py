@@ -43,6 +43,7 @@ from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.generations import SampleGenerations
 from qlora_dpo.layouts import Group, GroupCollator
 from qlora_dpo.lora import use_fast_lora
+from qlora_dpo.memory import weight_bytes
 from qlora_dpo.metrics import preference_metrics
 from qlora_dpo.model import keep_one_arithmetic
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
@@ -161,7 +162,9 @@ class QLoRADPOTrainer(SavingTrainer):
                 f"One process must see one GPU, got {args.n_gpu}: their batches cannot be split. Start one process "
                 "per GPU with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
             )
-        self.data_collator.max_tokens = budget_for(policy, args, args.device)
+        self._others = weight_bytes(self.reference.model) if isinstance(self.reference, ModelReference) else 0
+        if train_dataset is not None or args.max_tokens_per_forward != "auto":
+            self.data_collator.max_tokens = budget_for(policy, args, args.device, self._others)
         self.given = "ref_logps" in (getattr(self.train_dataset, "column_names", None) or [])  # instead of a reference
         if args.keep_layers not in (None, 0, "auto") and not self.kept.layers:
             raise ValueError(
@@ -273,11 +276,12 @@ class QLoRADPOTrainer(SavingTrainer):
         self._check_start()
         longest = self._longest_batch()
         tokens = min(longest, self.data_collator.max_tokens or longest)
-        self.kept.count = kept_layers_for(self.model, self.args, self.args.device, tokens)
+        count = kept_layers_for(self.model, self.args, self.args.device, tokens, self._others)
+        self.kept.count = 0 if sharded and self.args.keep_layers == "auto" else count
         if self.args.device.type != "cpu":
             if self.args.recomputes:
                 checkpoint_activations(self.model.get_base_model())  # as `Trainer` will, when training begins
-                self.kept.apply()
+                self.kept.begin()
             self._try_longest()
         self._unprepare()
         self.forget_log()
@@ -316,8 +320,9 @@ class QLoRADPOTrainer(SavingTrainer):
             return
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         room = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]  # for the optimizer's state
-        self._begin([sample])
-        self.training_step(self.model, sample, 1)
+        with replaced(self._rescue, "give_up", lambda: None):  # nothing was trained that a checkpoint could keep
+            self._begin([sample])
+            self.training_step(self.model, sample, 1)
         self._restart()
         del room
 

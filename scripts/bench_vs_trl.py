@@ -349,6 +349,7 @@ def run_one(side: str, work: Work) -> dict[str, Any]:
     return start | {
         "adapter_dtype": "/".join(dtypes),
         "layout": trainer.data_collator.layout if side == OURS else "padded",
+        "kept_layers": trainer.kept.count if side == OURS else 0,
         "losses": [entry["loss"] for entry in log],
         "grad_norms": [float(entry["grad_norm"]) for entry in log],
         "num_tokens": [int(entry["num_tokens"]) for entry in log],

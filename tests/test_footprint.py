@@ -11,10 +11,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy, plan_memory, training
+from qlora_dpo.callbacks import KeepLayers
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.logps import LogitRule, frozen_head_token_scores
 from qlora_dpo.offload import activations_moved
-from qlora_dpo.recompute import checkpoint_activations, decoder_layers, keep_last_layers
+from qlora_dpo.recompute import checkpoint_activations
 
 from allocations import bytes_of, peak_of
 from tiny_chat import CHAT_ROWS, build_chat_tokenizer
@@ -215,7 +216,7 @@ def test_tiles_of_logits_are_counted(softcap, dtype, scored):
 def test_kept_layers_are_foretold(trainers, chunk):
     trainer = trainers("llama-41m")
     checkpoint_activations(trainer.model)
-    keep_last_layers(decoder_layers(trainer.model), 3)
+    KeepLayers(trainer.model, 3).begin()
     plan = foretold(MODELS["llama-41m"], 512, keep_layers=3, logps_chunk_size=chunk, compute_dtype="float32")
     step = step_peak(trainer, 512, None, chunk)
     assert plan.peak_bytes - sum(plan.held.values()) == pytest.approx(step, rel=0.1)

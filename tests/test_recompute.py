@@ -6,10 +6,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy
+from qlora_dpo.callbacks import KeepLayers
 from qlora_dpo.cli import parse
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import Group, make_batch
-from qlora_dpo.recompute import decoder_layers, keep_last_layers
+from qlora_dpo.recompute import decoder_layers
 
 from one_step import RANKED, one_step
 from tiny_chat import build_tiny_llama, chat_row
@@ -59,7 +60,7 @@ def test_only_the_other_layers_are_computed_again_and_the_gradient_is_the_same(t
     enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     for _ in range(2):  # idempotent
-        keep_last_layers(layers, min(kept, len(layers)))
+        KeepLayers(policy, kept).begin()
         found, forward, backward = counted_gradient(policy, layers)
         assert torch.equal(found, whole)
         assert (forward, backward) == ([1, 1, 1, 1], [int(i < 4 - kept) for i in range(4)])

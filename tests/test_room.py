@@ -38,7 +38,7 @@ def test_layers_are_kept_in_half_of_the_free_memory_of_a_cpu(base_folder, make_a
     """A small model of many tokens: 0 bytes hold none of its layers, all that there is hold all."""
     policy, args = load_policy(base_folder), make_args(keep_layers="auto")
     layers = len(policy.get_base_model().model.layers)
-    plan = plan_for(policy, args, GIB, 100_000)
+    plan = plan_for(policy, args, GIB, 100_000, CPU)
     needs = [plan.changed(keep_layers=k).peak_bytes for k in range(layers + 1)]
     for fit, size in enumerate(needs):
         monkeypatch.setattr(room, "host_memory", lambda size=size: size)
@@ -92,7 +92,7 @@ def test_auto_fills_the_card_and_no_more(base_folder, make_args, card, quantize)
     size = GIB + 2**27
     card(size)
     tokens = budget_for(policy, args, CUDA)
-    plan = plan_for(policy, args, size, tokens)
+    plan = plan_for(policy, args, size, tokens, CUDA)
     assert plan.options.quantize == quantize
     assert plan.fits
     assert not plan.changed(tokens=tokens + 1).fits
