@@ -236,7 +236,7 @@ def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]
     before_norm = options.tokens * shape.hidden * FP32 * keeps  # which its backward pass needs, in fp32
     parts = {"last hidden states": states + before_norm, "scored hidden states": rows}
     if not options.quantize_head:
-        product = chunk * shape.hidden * (c + FP32)
+        product = chunk * shape.hidden * c
         parts["unit gradient"] = (rows + product) * trained
         # The logits and their exponentials; or, where they are soft-capped, three on the way there.
         parts["logit tiles"] = (3 if shape.softcap else 2) * FP32 * shape.vocabulary * chunk

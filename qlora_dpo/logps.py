@@ -171,16 +171,12 @@ def _unit_gradient(weight: Tensor, weights: Tensor, total: Tensor, slope: Tensor
         slope: d(ruled)/d(raw), `(n, V)` or one number.
         targets: `(n,)`.
     """
-    pull = weights.scatter_add_(-1, targets[:, None], -total)
-    factor = -1 / total
-    if isinstance(slope, Tensor):
+    pull = weights.div_(-total).scatter_add_(-1, targets[:, None], torch.ones_like(total))
+    if isinstance(slope, Tensor) or slope != 1.0:
         pull *= slope
-    else:
-        factor *= slope
-    if weight.dtype is torch.float16:  # it has nothing below 6e-8 and nothing above 65,504
-        pull *= 1024 / total
-        factor *= total / 1024
-    return (pull.to(weight.dtype) @ weight) * factor
+    if weight.dtype is torch.float16:  # which has nothing below 6e-8
+        return pull.mul_(1024.0).to(weight.dtype) @ weight / 1024.0
+    return pull.to(weight.dtype) @ weight
 
 
 def frozen_head_token_scores(

@@ -42,3 +42,18 @@ def test_a_shape_is_a_four_bit_model_that_loads(name, tokenizer, tmp_path, monke
     assert logits.std() > 0
     written = json.loads(Path(made, "model.safetensors.index.json").read_text())["weight_map"]
     assert set(written.values()) == {path.name for path in Path(made).glob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_every_rung_of_the_memory_ladder_is_foretold(tmp_path, monkeypatch):
+    output = tmp_path / "ladder.json"
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr(sys, "argv", ["memory_ladder.py", "--tokens", "1024", "--output", str(output)])
+    runpy.run_path(str(SCRIPTS / "memory_ladder.py"), run_name="__main__")
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 7
+    for row in rows:
+        assert row["plan_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1), row["option"]
+    sizes = {row["option"]: row["measured_bytes"] for row in rows}
+    assert sizes["no checkpointing"] > sizes["keep_layers=4"] > sizes["gradient_checkpointing"]
+    assert sizes["gradient_checkpointing"] > sizes["and max_tokens_per_forward=512"]
