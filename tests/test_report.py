@@ -301,3 +301,17 @@ def test_a_state_without_a_history_is_refused(tmp_path, text, got):
     (tmp_path / "trainer_state.json").write_text(text)
     with pytest.raises(ValueError, match=f"`run_dir` must hold .*, got {got}. Call trainer"):
         write_report(str(tmp_path))
+
+
+def test_what_was_trained_leaves_out_what_only_serves_a_resume(run):
+    record = json.loads((run / "qlora_dpo.json").read_text())
+    record |= {"run": {"groups_per_step": 8}, "evaluations": {"eval": {"ties": 0.25}}, "bco_delta": 0.0, "licence": {}}
+    save(run / "qlora_dpo.json", record | {"base_revision": None, "quantization": {"skip": None, "kind": "nf4"}})
+    paths = [f"model.layers.{layer}.mlp.{name}" for layer in range(3) for name in ("up_proj", "down_proj")]
+    save(run / "adapter_config.json", {"r": 16, "lora_alpha": 32, "target_modules": paths})
+    page = page_of(run)
+    facts = page[page.index("What was trained") :]
+    for absent in ("groups_per_step", "evaluations", "bco delta", "licence", "base revision", "skip", "layers.0"):
+        assert absent not in facts, absent
+    assert "target_modules: down_proj, up_proj<br>" in facts
+    assert "kind: nf4" in facts
