@@ -369,7 +369,7 @@ class QLoRADPOConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, for trackers: with no token, also not among `model_init_kwargs`."""
-        found = super().to_dict()
+        found = super().to_dict() | {"pad_token": self.pad_token}  # a token of texts, which is no secret
         options = found.get("model_init_kwargs")
         if isinstance(options, dict) and "token" in options:
             found["model_init_kwargs"] = options | {"token": "<TOKEN>"}

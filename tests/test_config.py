@@ -1,5 +1,7 @@
 """Options: defaults, and no option that lies."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -96,3 +98,10 @@ def test_no_token_is_shown_or_given_to_a_tracker(tmp_path):
         assert "v1" in text
     assert args.hub_token == "hf_secret"
     assert args.model_init_kwargs["token"] == "hf_other"
+
+
+def test_a_config_comes_back_from_its_dict(tmp_path):
+    config = QLoRADPOConfig(output_dir=str(tmp_path), beta=0.3, keep_layers=2)
+    found = config.to_dict()
+    again = QLoRADPOConfig(**{f.name: found[f.name] for f in dataclasses.fields(config) if f.init and f.name in found})
+    assert again.to_dict() == found
