@@ -25,9 +25,9 @@ GATHERED = 2
 """Copies of the row's keys and values, as wide as the queries, that attention keeps beside the rotated queries.
 
 They are repeated to the query heads, and gathered by segment (a completion's own behind its prompt's). The second copy
-is as long as the prompt and all completions but the first; it is taken as the whole row. What is left covers the masks
-that SDPA keeps on a CPU for segments with a prefix, up to a few thousand tokens. Flash kernels keep no masks, so this
-is linear in T; attention with soft-capped scores (Gemma 2) is so only by FlexAttention, not on a CPU.
+is as long as the prompt and all completions but the first; it is taken as the whole row. Attention with soft-capped
+scores (Gemma 2) is linear in T only by FlexAttention. On a CPU `blockwise` keeps neither: keys and values stay as the
+model made them.
 """
 
 OPTIMIZERS = {
@@ -87,6 +87,9 @@ class MemoryOptions:
         default=None,
         metadata=_help("Positions in a tile of logits. None: as the vocabulary asks for."),
     )
+    device: str = field(
+        default="cuda", metadata=_help("cuda or cpu: what attention keeps for the backward pass depends on it.")
+    )
     device_context_bytes: int = field(
         default=DEVICE_CONTEXT, metadata=_help("What the process takes on the GPU beside its tensors: an assumption.")
     )
@@ -105,6 +108,8 @@ class MemoryOptions:
             raise ValueError(
                 f"`compute_dtype` must be bfloat16, float16 or float32, got {self.compute_dtype}. Use bfloat16."
             )
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f"`device` must be cuda or cpu, got {self.device}. Use cuda for any GPU.")
         if self.keep_layers and not self.gradient_checkpointing:
             raise ValueError(
                 f"`keep_layers` must be 0 without `gradient_checkpointing`, where every layer is kept, got "
@@ -177,12 +182,16 @@ def _layer_saved(shape: Shape, options: MemoryOptions) -> int:
     """Bytes that one layer keeps for its backward pass, beside its input: the working set of a recomputed layer.
 
     For each token: the outputs of the norms that feed linear layers (2 h); rotated queries, keys and values repeated to
-    the query heads and gathered by segment, the output before and after it is made contiguous (q each); the MLP (gate,
-    its activation, up, their product: `expanded` + I, and I more where it is gated); the projections of rank r. A norm
-    keeps its input, in fp32 whatever the compute dtype: in fp32 the first norm's is the layer's own input.
+    the query heads and gathered by segment, the output before and after it is made contiguous (q each; on a CPU keys
+    and values as they are, and one output); the MLP (gate, its activation, up, their product: `expanded` + I, and I
+    more where it is gated); the projections of rank r. A norm keeps its input, in fp32 whatever the compute dtype: in
+    fp32 the first norm's is the layer's own input.
     """
     c, gated = options.width, shape.expanded > shape.intermediate
-    numbers = 2 * shape.hidden + (1 + 2 * GATHERED + 2) * shape.query
+    attention = (1 + 2 * GATHERED + 2) * shape.query
+    if options.device == "cpu" and options.compute_dtype != "float16":
+        attention = 2 * shape.query + 2 * shape.key_value
+    numbers = 2 * shape.hidden + attention
     numbers += shape.expanded + shape.intermediate * (1 + gated)
     numbers += options.lora_r * len(shape.layer_linears)
     own_inputs = shape.hidden_norms - (c == FP32)

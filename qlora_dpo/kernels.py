@@ -19,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from qlora_dpo.blockwise import blockwise_attention
 from qlora_dpo.layouts import Segment
-from qlora_dpo.segments import RowPlan
+from qlora_dpo.segments import RowPlan, expanded, keys_of
 
-VARLEN, FLASH_ATTN, FLEX, SEGMENTS = "varlen", "flash_attn", "flex", "segments"
+VARLEN, FLASH_ATTN, FLEX, BLOCKWISE, SEGMENTS = "varlen", "flash_attn", "flex", "blockwise", "segments"
+BF16_PRODUCTS = "bf16_products"
+"""That the CPU multiplies matrices of bf16 at a speed worth having; beside the kernels among what is installed."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Rec
     Returns:
         `(1, L, h, d_v)`.
     """
-    if query.device.type != "cuda":
+    device_type = query.device.type
+    if device_type not in ("cuda", "cpu"):
         return by_segment(query, key, value, plan, recipe)
-    if torch.is_autocast_enabled("cuda"):  # which SDPA obeys by itself, and the kernels do not
-        query, key, value = (_narrowed(x, torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    if torch.is_autocast_enabled(device_type):  # which SDPA obeys by itself, and the kernels do not
+        query, key, value = (_narrowed(x, torch.get_autocast_dtype(device_type)) for x in (query, key, value))
     return IMPLEMENTATIONS[implementation_for(_case(query, key, value, recipe))](query, key, value, plan, recipe)
 
 
@@ -73,12 +77,12 @@ def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def by_segment(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Recipe) -> Tensor:
     """One call of SDPA for each segment, or attention written out where SDPA does not know how: the slow truth."""
-    key, value = _expanded(key, query.shape[1], 1), _expanded(value, query.shape[1], 1)
+    key, value = expanded(key, query.shape[1], 1), expanded(value, query.shape[1], 1)
     explicit = recipe.softcap is not None or recipe.sinks is not None
     outputs = []
     for segment, mask in zip(plan.segments, plan.masks(recipe.window, query.device), strict=True):
         queries = query[:, :, segment.start : segment.start + segment.length]
-        keys, values = _keys_of(key, segment), _keys_of(value, segment)
+        keys, values = keys_of(key, segment), keys_of(value, segment)
         if explicit:
             outputs.append(explicit_attention(queries, keys, values, mask, recipe))
         else:
@@ -94,20 +98,6 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe:
                 )
             )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
-
-
-def _expanded(x: Tensor, heads: int, dim: int) -> Tensor:
-    """Key/value heads, in dimension `dim`, repeated until there is one for each query head."""
-    groups = heads // x.shape[dim]
-    return x.repeat_interleave(groups, dim=dim) if groups > 1 else x
-
-
-def _keys_of(x: Tensor, segment: Segment) -> Tensor:
-    """`(1, g, L, d)` -> `(1, g, k, d)`: the prefix and the segment itself."""
-    own = x[:, :, segment.start : segment.start + segment.length]
-    if not segment.prefix_length:
-        return own
-    return torch.cat((x[:, :, segment.prefix_start : segment.prefix_start + segment.prefix_length], own), dim=2)
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, recipe: Recipe) -> Tensor:
@@ -148,7 +138,7 @@ def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, re
     if _takes(run, "enable_gqa"):
         named["enable_gqa"] = queries.shape[1] != keys.shape[1]
     else:
-        keys, values = _expanded(keys, queries.shape[1], 1), _expanded(values, queries.shape[1], 1)
+        keys, values = expanded(keys, queries.shape[1], 1), expanded(values, queries.shape[1], 1)
     lengths = (packed.cu_q, packed.cu_k, packed.max_q, packed.max_k)
     window = _left_and_right(recipe.window, packed.max_k)
     return run(queries, keys, values, *lengths, scale=recipe.scale, window_size=window, **named)[None]
@@ -248,7 +238,18 @@ def _capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
     return capped
 
 
-IMPLEMENTATIONS = {VARLEN: by_torch_varlen, FLASH_ATTN: by_flash_attn, FLEX: by_flex, SEGMENTS: by_segment}
+def by_block(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Recipe) -> Tensor:
+    """PyTorch's flash attention for CPUs, a block of queries at a time, with a backward of matrix products."""
+    return blockwise_attention(query, key, value, plan.segments, recipe.scale, recipe.window)
+
+
+IMPLEMENTATIONS = {
+    VARLEN: by_torch_varlen,
+    FLASH_ATTN: by_flash_attn,
+    FLEX: by_flex,
+    BLOCKWISE: by_block,
+    SEGMENTS: by_segment,
+}
 """Implementations by name."""
 
 
@@ -283,7 +284,7 @@ class Case:
 def _case(query: Tensor, key: Tensor, value: Tensor, recipe: Recipe) -> Case:
     return Case(
         device=query.device,
-        capability=torch.cuda.get_device_capability(query.device),
+        capability=torch.cuda.get_device_capability(query.device) if query.device.type == "cuda" else None,
         dtype=query.dtype,
         heads=(query.shape[1], key.shape[1]),
         head_sizes=(query.shape[-1], value.shape[-1]),
@@ -298,12 +299,15 @@ def choose(case: Case, installed: frozenset[str]) -> str:
 
     Flash kernels take 16-bit numbers and heads of one size, a multiple of 8 up to 256, and neither soft-cap nor sinks;
     PyTorch's takes no dropout. FlexAttention takes no dropout, no fp64 and no head below 16. All of them are written
-    for CUDA devices of capability 8.0 and above.
+    for CUDA devices of capability 8.0 and above. On a CPU attention by blocks takes what SDPA takes, in bf16 and fp32.
     """
-    if case.device.type != "cuda" or case.capability is None or case.capability < (8, 0):
-        return SEGMENTS
     size, value_size = case.head_sizes
     plain = case.softcap is None and not case.sinks
+    if case.device.type == "cpu" and BLOCKWISE in installed and plain and size == value_size and not case.dropout:
+        fast = case.dtype is torch.float32 or (case.dtype is torch.bfloat16 and BF16_PRODUCTS in installed)
+        return BLOCKWISE if fast else SEGMENTS
+    if case.device.type != "cuda" or case.capability is None or case.capability < (8, 0):
+        return SEGMENTS
     half = case.dtype in (torch.float16, torch.bfloat16)
     if plain and half and size == value_size and size % 8 == 0 and size <= 256:
         if VARLEN in installed and not case.dropout:
@@ -333,13 +337,14 @@ def implementation_for(case: Case) -> str:
 
 @functools.cache
 def installed_kernels() -> frozenset[str]:
-    """Names of the kernels that this installation has; none for AMD devices, where they are untried."""
-    if torch.version.hip is not None:
-        return frozenset()
+    """Names of the kernels that this installation has; none of a GPU's for AMD devices, where they are untried."""
+    nvidia = torch.version.hip is None
     there = {
-        VARLEN: torch_varlen() is not None and torch.backends.cuda.is_flash_attention_available(),
-        FLASH_ATTN: flash_attn_varlen() is not None,
-        FLEX: importlib.util.find_spec("triton") is not None,
+        VARLEN: nvidia and torch_varlen() is not None and torch.backends.cuda.is_flash_attention_available(),
+        FLASH_ATTN: nvidia and flash_attn_varlen() is not None,
+        FLEX: nvidia and importlib.util.find_spec("triton") is not None,
+        BLOCKWISE: True,
+        BF16_PRODUCTS: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     }
     return frozenset(name for name, found in there.items() if found)
 

@@ -237,7 +237,7 @@ def plan_memory(
         **options: Fields of `MemoryOptions`, whose help says what each is: `tokens`, `scored_tokens`, `lora_r`,
             `gradient_checkpointing`, `keep_layers`, `quantize`, `double_quant`, `compute_dtype`, `optim`,
             `activation_offloading`, `quantize_head`, `embeddings_on_cpu`, `cached_reference`, `logps_chunk_size`,
-            `device_context_bytes`.
+            `device`, `device_context_bytes`.
 
     Returns:
         The plan; printed, a table in GiB.

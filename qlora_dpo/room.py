@@ -79,6 +79,7 @@ def plan_for(policy: PeftModel, args: Any, card: int, tokens: int, device: torch
         embeddings_on_cpu=has_embeddings_on_cpu(base) and device.type != "cpu",
         cached_reference=args.precompute_ref_log_probs,
         logps_chunk_size=args.logps_chunk_size,
+        device="cpu" if device.type == "cpu" else "cuda",
     )
     return plan_memory(base.config, gpu_bytes=card, **vars(options))
 

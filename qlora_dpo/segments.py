@@ -3,7 +3,7 @@
 Nothing here depends on queries or keys, so layers share it, and so do layers that are recomputed in the backward pass.
 
 Legend: S segments, L positions of the row, q queries and k keys of one segment, K keys of all segments together,
-n = ceil(L / 128) blocks.
+g key/value heads, d head size, n = ceil(L / 128) blocks.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -37,6 +37,24 @@ def visible(length: int, prefix_length: int, window: int | None, device: torch.d
         return None
     distance = torch.arange(prefix_length, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def expanded(x: Tensor, heads: int, dim: int) -> Tensor:
+    """Key/value heads, in dimension `dim`, repeated until there is one for each query head."""
+    groups = heads // x.shape[dim]
+    return x.repeat_interleave(groups, dim=dim) if groups > 1 else x
+
+
+def prefix_and_own(x: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+    """`(1, g, L, d)` -> views of a segment's prefix and of the segment itself."""
+    own = x[:, :, segment.start : segment.start + segment.length]
+    return x[:, :, segment.prefix_start : segment.prefix_start + segment.prefix_length], own
+
+
+def keys_of(x: Tensor, segment: Segment) -> Tensor:
+    """`(1, g, L, d)` -> `(1, g, k, d)`: the prefix and the segment itself."""
+    prefix, own = prefix_and_own(x, segment)
+    return torch.cat((prefix, own), dim=2) if segment.prefix_length else own
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ LAYERS = [
     },
     {"measures", "progress", "rewardbench", "world"},
     {"charts"},
-    {"objective", "layouts", "segments", "kernels", "attention", "data", "sampling", "budget"},
+    {"objective", "layouts", "segments", "blockwise", "kernels", "attention", "data", "sampling", "budget"},
     {"config"},
     {"model", "forward"},
     {"reference", "shapes", "footprint", "shards"},

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy, plan_memory, training
+from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, kernels, load_policy, plan_memory, training
 from qlora_dpo.callbacks import KeepLayers
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.logps import LogitRule, frozen_head_token_scores
@@ -127,9 +127,15 @@ class CopyAway:
         return torch.from_numpy(self.kept).clone()
 
 
-def foretold(config, tokens, **options):
+def foretold(config, tokens, device="cpu", **options):
     scored = tokens - tokens // 2 + 2
-    return plan_memory(config, tokens=tokens, scored_tokens=scored, device_context_bytes=0, **options)
+    return plan_memory(config, tokens=tokens, scored_tokens=scored, device=device, device_context_bytes=0, **options)
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """Attention that keeps gathered keys, as kernels of a GPU do."""
+    monkeypatch.setattr(kernels, "implementation_for", lambda case: kernels.SEGMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +167,16 @@ def test_the_foretold_peak_of_a_step_is_the_measured_one(trainers, name, tokens,
     above = plan.peak_bytes - sum(plan.held.values())
     assert above == pytest.approx(step, rel=0.1)
     assert plan.peak_bytes == pytest.approx(held + step, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_that_a_gpu_gathers_are_foretold(trainers, gathered, name, checkpointing):
+    options = {"gradient_checkpointing": checkpointing, "logps_chunk_size": 16, "compute_dtype": "float32"}
+    plan, own = (foretold(MODELS[name], 512, device=device, **options) for device in ("cuda", "cpu"))
+    step = step_peak(trainers(name), 512, checkpointing, 16)
+    assert plan.peak_bytes - sum(plan.held.values()) == pytest.approx(step, rel=0.1)
+    assert own.peak_bytes < plan.peak_bytes
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -224,14 +240,14 @@ def test_kept_layers_are_foretold(trainers, chunk):
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("chunk", [None, 16])
-def test_activations_elsewhere_are_foretold(trainers, checkpointing, chunk, monkeypatch):
+def test_activations_elsewhere_are_foretold(trainers, checkpointing, chunk, monkeypatch, gathered):
     """With a smaller least size, as these activations are smaller than those that are worth moving."""
     trainer = trainers("llama-41m")
     move = functools.partial(activations_moved, device_type="cpu", least_bytes=2**18, move=CopyAway)
     monkeypatch.setattr(training, "activations_moved", move)
     monkeypatch.setattr(trainer.args, "activation_offloading", True)
     options = {"gradient_checkpointing": checkpointing, "logps_chunk_size": chunk, "activation_offloading": True}
-    plan = foretold(MODELS["llama-41m"], 512, compute_dtype="float32", **options)
+    plan = foretold(MODELS["llama-41m"], 512, device="cuda", compute_dtype="float32", **options)
     step = step_peak(trainer, 512, checkpointing, chunk)
     assert plan.peak_bytes - sum(plan.held.values()) == pytest.approx(step, rel=0.1)
 

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from qlora_dpo import kernels
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.kernels import (
+    BF16_PRODUCTS,
+    BLOCKWISE,
     FLASH_ATTN,
     FLEX,
     SEGMENTS,
@@ -285,7 +287,8 @@ def test_a_model_that_attends_in_one_call_gives_the_same_scores_and_gradients(
     truth = scored()
     stand_in("torch_varlen", torch_2_13)
     calls = []
-    monkeypatch.setattr(kernels, "by_segment", lambda *args: calls.append(args) or by_torch_varlen(*args))
+    in_one_call = lambda *args: calls.append(args) or by_torch_varlen(*args)  # noqa: E731
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, SEGMENTS, in_one_call)
     found = scored()
     assert len(calls) >= policy.config.num_hidden_layers
     assert (found[0] - truth[0]).abs().max() < 1e-9
@@ -329,6 +332,16 @@ def case(**changes):
         ({"head_sizes": (8, 8), "softcap": 50.0}, ALL, SEGMENTS),
         ({"capability": (7, 5), "dtype": torch.float16}, ALL, SEGMENTS),
         ({"device": CPU, "capability": None}, ALL, SEGMENTS),
+        ({"device": CPU, "capability": None}, {*ALL, BLOCKWISE}, SEGMENTS),
+        ({"device": CPU, "capability": None}, {BLOCKWISE, BF16_PRODUCTS}, BLOCKWISE),
+        ({"device": CPU, "capability": None, "dtype": torch.float32}, {BLOCKWISE}, BLOCKWISE),
+        ({"device": CPU, "capability": None, "dtype": torch.float32}, ALL, SEGMENTS),
+        ({"device": CPU, "capability": None, "dtype": torch.float32, "softcap": 50.0}, {BLOCKWISE}, SEGMENTS),
+        ({"device": CPU, "capability": None, "dtype": torch.float32, "sinks": True}, {BLOCKWISE}, SEGMENTS),
+        ({"device": CPU, "capability": None, "dtype": torch.float32, "dropout": True}, {BLOCKWISE}, SEGMENTS),
+        ({"device": CPU, "capability": None, "dtype": torch.float32, "head_sizes": (192, 128)}, {BLOCKWISE}, SEGMENTS),
+        ({"device": CPU, "capability": None, "dtype": torch.float64}, {BLOCKWISE, BF16_PRODUCTS}, SEGMENTS),
+        ({"device": CPU, "capability": None, "dtype": torch.float16}, {BLOCKWISE, BF16_PRODUCTS}, SEGMENTS),
         ({"device": torch.device("mps"), "capability": None}, ALL, SEGMENTS),
     ],
 )

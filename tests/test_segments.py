@@ -87,7 +87,7 @@ def test_masks_are_made_once_per_forward_for_all_layers_and_their_recomputation(
         return visible(length, *rest)
 
     monkeypatch.setattr(rows, "visible", counted)
-    policy = add_lora(build(name))
+    policy = add_lora(build(name, torch.float64))  # which the loop over segments computes
     install_scoring(policy.get_base_model())
     if checkpointed:
         checkpoint_activations(policy)
