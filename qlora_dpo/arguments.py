@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from qlora_dpo.model import attach_adapter, is_quantized, load_base, load_policy
 from qlora_dpo.objective import Objective, check_columns
 from qlora_dpo.origins import data_origin, named_origin
 from qlora_dpo.paths import adapter_folder, with_revision
-from qlora_dpo.reference import Reference, make_reference, require_no_other
+from qlora_dpo.reference import AverageReference, InitialReference, Reference, make_reference, require_no_other
 
 
 def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any) -> None:
@@ -200,6 +201,40 @@ def reference_from(policy: PeftModel, ref_model: Any, args: QLoRADPOConfig) -> R
         average=average,
         model_kwargs={"trust_remote_code": args.trust_remote_code},
     )
+
+
+def require_shardable(accelerator: Accelerator, args: QLoRADPOConfig, reference: Reference) -> bool:
+    """Whether processes hold parts of the model each (FSDP2); every other way to split it is refused.
+
+    Processes that share weights must make their forwards together, one for each micro-batch.
+
+    Raises:
+        NotImplementedError: For DeepSpeed, FSDP1, and references that put other weights in place.
+        ValueError: If `fsdp` would be ignored, or a token budget would give processes different numbers of forwards.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED or args.deepspeed:
+        raise NotImplementedError("`deepspeed` must be left out, got one. Use DDP or FSDP2 (examples/multi_gpu).")
+    if kind != DistributedType.FSDP:
+        if args.fsdp:
+            raise ValueError(
+                f"`fsdp` must be left out where no processes with a GPU each share the model, got {args.fsdp!r}. Start "
+                "with torchrun or accelerate (examples/multi_gpu), or leave it out."
+            )
+        return False
+    if not accelerator.is_fsdp2:
+        raise NotImplementedError("FSDP must be version 2, got 1. Set `fsdp_version: 2` (examples/multi_gpu).")
+    if isinstance(reference, (InitialReference, AverageReference)) and not args.precompute_ref_log_probs:
+        raise NotImplementedError(
+            f"`reference` must be base, none, an adapter or a model with FSDP, got {reference.description}. Set "
+            '`precompute_ref_log_probs`, `reference="base"`, or use DDP.'
+        )
+    if args.max_tokens_per_forward not in (None, "auto"):
+        raise ValueError(
+            f"`max_tokens_per_forward` must be left out with FSDP, got {args.max_tokens_per_forward}: all processes "
+            "make one forward a micro-batch. Lower `per_device_train_batch_size`."
+        )
+    return True
 
 
 def describe(policy: PeftModel) -> str:

@@ -45,6 +45,7 @@ from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
 DTYPES = ("bfloat16", "float16", "float32")
+STORAGE_DTYPES = ("uint8", *DTYPES)
 
 
 @dataclass
@@ -85,6 +86,12 @@ class ModelArguments:
     load_in_4bit: bool = field(default=True, metadata={"help": "Load the base in 4 bit; --no_load_in_4bit for 16 bit."})
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit type: nf4 or fp4."})
     use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
+    bnb_4bit_quant_storage: str = field(
+        default="uint8",
+        metadata={
+            "help": "Dtype that holds the 4-bit weights: uint8, or for FSDP2, which shares out floats, bfloat16."
+        },
+    )
     quantize_head: bool = field(
         default=False, metadata={"help": "Load the head in 4 bit too, where it is not tied to the embeddings."}
     )
@@ -140,6 +147,11 @@ def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
     quantization = default_quantization()
     quantization.bnb_4bit_quant_type = model.bnb_4bit_quant_type
     quantization.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
+    if model.bnb_4bit_quant_storage not in STORAGE_DTYPES:
+        raise ValueError(
+            f"`bnb_4bit_quant_storage` must be one of {list(STORAGE_DTYPES)}, got {model.bnb_4bit_quant_storage}."
+        )
+    quantization.bnb_4bit_quant_storage = getattr(torch, model.bnb_4bit_quant_storage)
     options: dict[str, Any] = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

@@ -26,6 +26,7 @@ from qlora_dpo.arguments import (
     check_best_metric,
     policy_from,
     reference_from,
+    require_shardable,
     router_coefficient,
     tokenizer_from,
 )
@@ -162,8 +163,9 @@ class QLoRADPOTrainer(SavingTrainer):
                 f"One process must see one GPU, got {args.n_gpu}: their batches cannot be split. Start one process "
                 "per GPU with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
             )
+        self.sharded = require_shardable(self.accelerator, args, reference)
         self._others = weight_bytes(self.reference.model) if isinstance(self.reference, ModelReference) else 0
-        if train_dataset is not None or args.max_tokens_per_forward != "auto":
+        if not self.sharded and (train_dataset is not None or args.max_tokens_per_forward != "auto"):
             self.data_collator.max_tokens = budget_for(policy, args, args.device, self._others)
         self.given = "ref_logps" in (getattr(self.train_dataset, "column_names", None) or [])  # instead of a reference
         if args.keep_layers not in (None, 0, "auto") and not self.kept.layers:
@@ -265,8 +267,7 @@ class QLoRADPOTrainer(SavingTrainer):
         if self.train_dataset is None:
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
         checkpoint = self._complete_checkpoint(resume_from_checkpoint)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self._run = run_facts(self.args, self.train_dataset, self.model, sharded)
+        self._run = run_facts(self.args, self.train_dataset, self.model, self.sharded)
         if checkpoint is not None:
             check_same_run(checkpoint, read_record(checkpoint), self._record())
         self._prove()
@@ -277,12 +278,13 @@ class QLoRADPOTrainer(SavingTrainer):
         longest = self._longest_batch()
         tokens = min(longest, self.data_collator.max_tokens or longest)
         count = kept_layers_for(self.model, self.args, self.args.device, tokens, self._others)
-        self.kept.count = 0 if sharded and self.args.keep_layers == "auto" else count
+        self.kept.count = 0 if self.sharded and self.args.keep_layers == "auto" else count
         if self.args.device.type != "cpu":
             if self.args.recomputes:
                 checkpoint_activations(self.model.get_base_model())  # as `Trainer` will, when training begins
                 self.kept.begin()
-            self._try_longest()
+            if not self.sharded:  # before the model is shared out there is less room than in training
+                self._try_longest()
         self._unprepare()
         self.forget_log()
         self._loaded_step = None

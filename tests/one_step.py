@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
@@ -27,7 +28,9 @@ class KeepGradients(TrainerCallback):
         self.gradients = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        whole = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in found]
+        self.gradients.append(torch.cat([grad.flatten() for grad in whole]))
 
 
 def one_step(rows=RANKED, steps=1, columns=None, lora_dropout=0.0, **options):

@@ -58,6 +58,17 @@ def test_the_seed_decides_the_run(base_folder, rows_file, tmp_path):
     assert margins["a"] == margins["b"] != margins["c"]
 
 
+def test_where_the_four_bits_are_kept_changes_no_number(base_folder, rows_file, tmp_path):
+    margins, kept = [], []
+    for name in ("uint8", "bfloat16"):
+        assert main([*train_words(base_folder, rows_file, tmp_path / name), "--bnb_4bit_quant_storage", name]) == 0
+        margins.append(json.loads((tmp_path / name / "metrics.json").read_text())["after"]["eval_rewards/margins"])
+        record = json.loads((tmp_path / name / "qlora_dpo.json").read_text())
+        kept.append(record["quantization"]["bnb_4bit_quant_storage"])
+    assert margins[0] == margins[1] != 0
+    assert kept == ["uint8", "bfloat16"]
+
+
 def test_a_run_goes_on_from_its_last_checkpoint(base_folder, rows_file, tmp_path):
     words = train_words(base_folder, rows_file, tmp_path / "run")
     words[words.index("--save_strategy") + 1] = "steps"
@@ -152,6 +163,7 @@ def test_unknown_flags_are_refused(tmp_path):
         ({"--config": "./no.yaml"}, "Check the path"),
         ({"--lora_dropout": "0.1"}, "`lora_dropout` must be 0 while"),
         ({"--dtype": "int8"}, "`dtype` must be one of"),
+        ({"--bnb_4bit_quant_storage": "int4"}, "`bnb_4bit_quant_storage` must be one of"),
         ({"--dataset_test_split": "test"}, "Use slices of it"),
         ({"--max_length": "3"}, "all 8 were dropped"),
         ({"--activation_offloading": "true"}, "`activation_offloading` must be False"),
