@@ -10,7 +10,7 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,19 +170,22 @@ def _last_whole(run: str) -> Path:
     )
 
 
-def rotate(run: str, limit: int | None, kept: Iterable[str | Path | None]) -> None:
+def rotate(run: str, limit: int | None, kept: Sequence[str | Path | None]) -> None:
     """Delete the oldest checkpoints of a run beyond a limit, those that are not marked as whole first.
+
+    What lies above the newest is older than the run: left there by another one in the same folder.
 
     Args:
         run: Folder of the run.
         limit: `save_total_limit`.
-        kept: Checkpoints that stay, whatever the limit.
+        kept: Checkpoints that stay, whatever the limit, the newest first.
     """
     if not limit or limit < 0:
         return
-    stay = {Path(path).resolve() for path in kept if path is not None}
-    found = _checkpoints(run)
-    others = [path for path in found if path.resolve() not in stay]
+    stay = [Path(path).resolve() for path in kept if path is not None]
+    found = [path.resolve() for path in _checkpoints(run)]
+    newest = found.index(stay[0])
+    others = [path for path in found[newest:] + found[:newest] if path not in stay]
     others.sort(key=lambda path: Path(path, MANIFEST_NAME).is_file())
     for folder in others[: max(len(found) - limit, 0)]:
         unmark(folder)

@@ -28,12 +28,11 @@ from qlora_dpo.memory import parse_bytes, plan_memory
 from qlora_dpo.merge import merge_adapter
 from qlora_dpo.model import default_quantization, load_policy, load_tokenizer
 from qlora_dpo.parsing import parse
-from qlora_dpo.paths import UNKNOWN, adapter_folder
+from qlora_dpo.paths import UNKNOWN, adapter_folder, saved_adapter
 from qlora_dpo.record import (
     read_record,
     recorded_reference,
     require_known,
-    saved_adapter,
     warn_of_reference,
     weights_hash,
 )

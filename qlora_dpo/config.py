@@ -27,6 +27,8 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "label_smoothing_factor": (0.0,),
     "use_liger_kernel": (False,),
     "batch_eval_metrics": (False,),
+    "bf16_full_eval": (False,),  # an evaluation would round the adapters for good
+    "fp16_full_eval": (False,),
 }
 """Fields that are not honoured, with the values that ask for nothing: TRL's, and some of TrainingArguments."""
 

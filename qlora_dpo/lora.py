@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit as BaseLinear4bit
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -117,6 +118,27 @@ class FastLinear4bit(Linear4bit):
 def _is_bare(module: nn.Module) -> bool:
     """Whether nothing acts on a call of the module: no hook, no weights that are brought when it is called."""
     return not (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
+class TrainedBiasLinear4bit(BaseLinear4bit):
+    """bitsandbytes' layer with a bias that stays in the dtype it is trained in; its own would round it for good."""
+
+    bias: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., i)` -> `(..., o)`."""
+        bias, self.bias = self.bias, None
+        try:
+            return super().forward(x) + bias.to(x.dtype)
+        finally:
+            self.bias = bias
+
+
+def keep_trained_biases(model: nn.Module) -> None:
+    """Let 4-bit layers leave a bias that is trained in its dtype."""
+    for module in model.modules():
+        if type(module) is BaseLinear4bit and module.bias is not None and module.bias.requires_grad:
+            module.__class__ = TrainedBiasLinear4bit
 
 
 def use_fast_lora(model: nn.Module) -> int:

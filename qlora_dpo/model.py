@@ -32,6 +32,7 @@ from qlora_dpo.adapters import (
     free_name,
     loading_changes_base,
     stack_adapter,
+    train_in_fp32,
     trained_adapters,
 )
 from qlora_dpo.config import best_precision
@@ -44,6 +45,7 @@ from qlora_dpo.paths import (
     base_of,
     check_path,
     local_adapter,
+    saved_adapter,
     with_revision,
 )
 from qlora_dpo.recompute import checkpoint_activations
@@ -167,8 +169,7 @@ def attach_adapter(
 ) -> PeftModel:
     """A new adapter on a base; its weights in fp32 whatever the base's dtype.
 
-    bf16 adapters keep only a tenth of their updates at a learning rate of 5e-6. `revision` is that of the base, which
-    the adapter's config keeps.
+    `revision` is that of the base, which the adapter's config keeps.
 
     Raises:
         ValueError: If the model has an adapter already.
@@ -176,9 +177,7 @@ def attach_adapter(
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("The model must have no adapter yet, got one that transformers loaded. Load the base alone.")
     policy = get_peft_model(model, peft_config or default_lora(), revision=revision)
-    for parameter in policy.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    train_in_fp32(policy)
     return policy
 
 
@@ -222,6 +221,8 @@ def load_policy(
     Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
     """
     token = model_kwargs.get("token")
+    if Path(model_id).expanduser().is_dir():
+        model_id = saved_adapter(model_id)
     if adapter_folder(model_id, token):
         if adapter is not None:
             raise ValueError(
@@ -259,6 +260,7 @@ def _with_trained(
     below = adapters_below(adapter) if peft_config is None else [*adapters_below(adapter), adapter]
     if not below:
         policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        train_in_fp32(policy)  # before its weights are put in place, which are in fp32 where it was saved
         require_all_weights(policy, adapter, "default")
         policy.adapter_sources = {"default": adapter}
         return policy

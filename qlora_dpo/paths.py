@@ -113,6 +113,14 @@ def local_adapter(path_or_id: str, token: str | bool | None = None) -> str:
     return folder
 
 
+def saved_adapter(path_or_id: str) -> str:
+    """What holds the adapter: PEFT puts one that is not named `default` in a sub-folder of its name."""
+    local = Path(local_adapter(path_or_id))
+    inside = [path.parent for path in local.glob(f"*/{CONFIG_NAME}") if not path.parent.name.startswith("checkpoint-")]
+    itself = any(Path(local, name).is_file() for name in (CONFIG_NAME, "config.json"))  # an adapter, or a whole model
+    return str(inside[0]) if len(inside) == 1 and not itself else path_or_id
+
+
 def require_safetensors(folder: str, name: str) -> None:
     """Refuse an adapter without weights in safetensors: a `.bin` file is a pickle, which may run code when read.
 

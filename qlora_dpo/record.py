@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
 from qlora_dpo.origins import base_commit, base_licence, versions
-from qlora_dpo.paths import RECORD_NAME, UNKNOWN, local_adapter
+from qlora_dpo.paths import RECORD_NAME, UNKNOWN, local_adapter, saved_adapter
 from qlora_dpo.reference import Reference, reference_hash
 
 
@@ -120,9 +120,9 @@ def record_of(
         dtype=str(base.dtype).removeprefix("torch."),
         mixed_precision=args.arithmetic,
         reference="given" if given else reference.kind,
-        reference_source=reference.source,
+        reference_source=_lasting(reference.source),
         reference_hash=reference_hash(reference),
-        stacked_on=sources.get(below[-1], UNKNOWN) if below else None,
+        stacked_on=_lasting(sources.get(below[-1], UNKNOWN)) if below else None,
         beta=args.beta,
         loss={name: getattr(args, name) for name in LOSS_FIELDS},
         bco_delta=bco_delta,
@@ -156,11 +156,9 @@ def read_record(folder: str) -> AdapterRecord:
     return AdapterRecord(**{name: value for name, value in found.items() if name in known})
 
 
-def saved_adapter(folder: str) -> str:
-    """What holds the adapter: PEFT puts one that is not named `default` in a sub-folder of its name."""
-    local = Path(local_adapter(folder))
-    inside = [path.parent for path in local.glob("*/adapter_config.json")]
-    return str(inside[0]) if len(inside) == 1 and not Path(local, "adapter_config.json").is_file() else folder
+def _lasting(source: str | None) -> str | None:
+    """A source that leads to the same from another folder: paths that are there in full, ids as they are."""
+    return str(Path(source).absolute()) if source is not None and Path(source).exists() else source
 
 
 def weights_hash(folder: str) -> str:

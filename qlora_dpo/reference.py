@@ -170,7 +170,8 @@ class AverageReference(LiveReference):
         self.name = names[0]
         self.layers = lora_linears(policy, self.name)
         self.alpha, self.max_rank, self.from_base = alpha, max_rank, from_base
-        self._change = {path: None if from_base else self._of_policy(path) for path in self.layers}
+        self._first = {path: None if from_base else self._of_policy(path) for path in self.layers}
+        self._change = dict(self._first)
         self._start = trainable_copy(policy)
         if from_base:
             b = [layer.lora_B[self.name].weight for layer in self.layers.values()]
@@ -236,7 +237,11 @@ class AverageReference(LiveReference):
         return state | {"error": torch.tensor(self.error, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's factors."""
+        """Go on from a checkpoint's factors; without any, from the start."""
+        if not state:
+            self.updates, self.error = 0, 0.0
+            self._change = dict(self._first)
+            return
         for path, layer in self.layers.items():
             device = layer.lora_A[self.name].weight.device
             self._change[path] = (state[f"{path}.A"].to(device), state[f"{path}.B"].to(device))

@@ -6,6 +6,7 @@ micro-batches of the same step): the objective, the data and their order stay.
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import pyarrow as pa
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from qlora_dpo.adapters import adapter_weights, base_weights, frozen_adapters, trained_adapters
 from qlora_dpo.cache import weights_fingerprint
@@ -115,6 +118,21 @@ def _feed(digest: Any, array: Any) -> None:
         digest.update(array.value_lengths().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
         array = array.flatten()
     digest.update(np.ascontiguousarray(array.to_numpy(zero_copy_only=False)).tobytes())
+
+
+def check_within_first_pass(folder: str) -> None:
+    """Refuse to go on with a stream that was gone through before: transformers counts batches from its first row.
+
+    Raises:
+        ValueError: If so.
+    """
+    state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+    if state.epoch is not None and state.epoch * state.max_steps > state.global_step + 0.5:
+        raise ValueError(
+            f"A run over a stream must be in its first pass to go on, got {folder} in a later one, where the place in "
+            "the stream is not known. Set `ignore_data_skip` to go on from the stream's first row, or load the rows as "
+            "a data set."
+        )
 
 
 def check_same_run(folder: str, then: AdapterRecord, now: AdapterRecord) -> None:

@@ -1,11 +1,13 @@
 """The saving half of the trainer: adapters, whole checkpoints, and what goes to the Hub."""
 
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import REPOCARD_NAME
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -17,7 +19,7 @@ from qlora_dpo.card import save_card, write_card
 from qlora_dpo.checkpoints import checkpoint_folder, rotate, unmark, write_manifest
 from qlora_dpo.hub import make_repository, places, upload, upload_later
 from qlora_dpo.model import load_trained
-from qlora_dpo.record import AdapterRecord, record_of, write_record
+from qlora_dpo.record import AdapterRecord, read_record, record_of, write_record
 from qlora_dpo.reference import (
     Reference,
 )
@@ -102,11 +104,33 @@ class SavingTrainer(StepTrainer):
         load_step_state(self.step, Path(resume_from_checkpoint))
         self.load_log_state(Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As `Trainer`'s; in a run of another length, the learning rate is that of its own schedule from here on."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint is None or not isinstance(scheduler, LambdaLR):
+            return
+        rates = [
+            base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        if rates != scheduler.get_last_lr():
+            before, now = scheduler.get_last_lr()[0], rates[0]
+            warnings.warn(
+                f"The schedule of the learning rate is for another number of steps (`max_steps`, `num_train_epochs`) "
+                f"than before the stop: it goes on with {now:.3g} instead of {before:.3g}.",
+                stacklevel=2,
+            )
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
     def _load_best_model(self) -> None:
         """The trained adapter of the best checkpoint, and the step's state there."""
+        best = str(self.state.best_model_checkpoint)
         self._loaded_step = self.state.best_global_step
-        load_trained(self.model, self.state.best_model_checkpoint)
-        load_step_state(self.step, Path(self.state.best_model_checkpoint))
+        self._judged_at[self._loaded_step] = read_record(best).evaluations  # also by a run that was stopped since
+        load_trained(self.model, best)
+        load_step_state(self.step, Path(best))
 
     # ---- the Hub -------------------------------------------------------------------------------------------------
 

@@ -24,9 +24,10 @@ from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.model import load_policy, load_tokenizer
+from qlora_dpo.paths import saved_adapter
 from qlora_dpo.preferences import PAIR_VALUES, Preference, parse_row
 from qlora_dpo.proof import extreme_groups, prove_model
-from qlora_dpo.record import read_record, recorded_reference, require_known, saved_adapter, warn_of_reference
+from qlora_dpo.record import read_record, recorded_reference, require_known, warn_of_reference
 from qlora_dpo.reference import ModelReference, Reference, make_reference
 
 OUTPUTS = ("row", "rewards", "logps", "reference_logps", "tokens", "ranking", "margin", "error")

@@ -234,9 +234,7 @@ def save_step_state(step: Step, folder: Path) -> None:
 def load_step_state(step: Step, folder: Path) -> None:
     """Go on from a checkpoint's `reference/`."""
     if isinstance(step.reference, AverageReference):
-        state = load_file(_state_file(folder, "average.safetensors", "sync_ref_model"))
-        if state:
-            step.reference.load_state_dict(state)
+        step.reference.load_state_dict(load_file(_state_file(folder, "average.safetensors", "sync_ref_model")))
     if step.objective.bco_running_mean:
         state = json.loads(_state_file(folder, "bco_delta.json", "bco_running_mean").read_text())
         step.bco_delta.total, step.bco_delta.count = state["total"], state["count"]

@@ -43,7 +43,7 @@ from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.generations import SampleGenerations
 from qlora_dpo.layouts import Group, GroupCollator
-from qlora_dpo.lora import use_fast_lora
+from qlora_dpo.lora import keep_trained_biases, use_fast_lora
 from qlora_dpo.memory import weight_bytes
 from qlora_dpo.metrics import preference_metrics
 from qlora_dpo.model import keep_one_arithmetic
@@ -59,7 +59,7 @@ from qlora_dpo.reference import (
     starts_at,
     warn_of_itself,
 )
-from qlora_dpo.resuming import check_same_run, run_facts
+from qlora_dpo.resuming import check_same_run, check_within_first_pass, run_facts
 from qlora_dpo.room import budget_for, kept_layers_for
 from qlora_dpo.sampling import filled, replaced
 from qlora_dpo.saving import SavingTrainer
@@ -119,13 +119,7 @@ class QLoRADPOTrainer(SavingTrainer):
         set_seed(args.seed)  # the adapter's A matrices are random
         policy = policy_from(model, args, quantization_config, peft_config)
         tokenizer = tokenizer_from(model, policy, args, processing_class)
-        keep_one_arithmetic(policy)
-        if args.disable_dropout:
-            disable_dropout(policy)
-        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            policy.enable_input_require_grads()  # the reentrant kind sees no gradient behind frozen embeddings
-        install_scoring(policy.get_base_model())
-        use_fast_lora(policy)
+        _set_up(policy, args)
         reference = reference_from(policy, ref_model, args)
         if train_dataset is not None:
             require_trainable(policy)
@@ -270,6 +264,8 @@ class QLoRADPOTrainer(SavingTrainer):
         self._run = run_facts(self.args, self.train_dataset, self.model, self.sharded)
         if checkpoint is not None:
             check_same_run(checkpoint, read_record(checkpoint), self._record())
+            if not isinstance(self.train_dataset, Dataset) and not self.args.ignore_data_skip:
+                check_within_first_pass(checkpoint)
         self._prove()
         self.model.train()
         if isinstance(self.reference, CachedReference):
@@ -288,6 +284,7 @@ class QLoRADPOTrainer(SavingTrainer):
         self._unprepare()
         self.forget_log()
         self._loaded_step = None
+        self._judged_at.clear()  # of other weights
         return super().train(checkpoint, *args, **kwargs)
 
     def _complete_checkpoint(self, asked: str | bool | None) -> str | None:
@@ -415,3 +412,17 @@ class QLoRADPOTrainer(SavingTrainer):
     def _judged(self, model: nn.Module, piece: dict[str, Any]) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.step.losses(model, self._prepare_inputs(piece), self.args.eval_kl)
+
+
+def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:
+    """Have a policy's layers compute as the step needs them."""
+    keep_one_arithmetic(policy)
+    keep_trained_biases(policy)
+    use_fast_lora(policy)
+    install_scoring(policy.get_base_model())
+    if args.disable_dropout:
+        disable_dropout(policy)
+    if not args.recomputes:
+        policy.get_base_model().gradient_checkpointing_disable()  # `load_policy` turns it on
+    elif args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        policy.enable_input_require_grads()  # the reentrant kind sees no gradient behind frozen embeddings

@@ -9,8 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import nn
 
-from qlora_dpo import lora
+from qlora_dpo import load_policy, lora
 from qlora_dpo.lora import FastLinear4bit, use_fast_lora
+
+from test_trainer import trainer_of
+from tiny_chat import build_tiny_llama
 
 SIZES = {"first": (48, 80), "second": (80, 33)}
 
@@ -223,3 +226,22 @@ def test_adapters_stay_plain_peft_adapters(tmp_path):
     bare = policy.unload()
     assert isinstance(bare.first, Linear4bit)
     assert not isinstance(bare.first, FastLinear4bit)
+
+
+def test_trained_biases_of_4_bit_layers_stay_in_fp32_and_move(tokenizer, make_args, tmp_path):
+    """bitsandbytes casts a bias to the input's dtype in place: in bf16 it would lose every update."""
+    base = build_tiny_llama(tokenizer, attention_bias=True)
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM")
+    policy = load_policy(str(tmp_path / "base"), peft_config=config)
+    biases = [p for n, p in policy.named_parameters() if p.requires_grad and n.endswith("bias")]
+    start = [bias.detach().clone() for bias in biases]
+    args = make_args(bf16=True, max_steps=6, learning_rate=1e-6, lr_scheduler_type="constant")
+    trainer_of(tokenizer, args, policy=policy).train()
+    assert {bias.dtype for bias in biases} == {torch.float32}
+    moved = sum(int((bias != old).sum()) for bias, old in zip(biases, start, strict=True))
+    assert moved > 0.9 * sum(bias.numel() for bias in biases) > 0

@@ -4,18 +4,22 @@ import json
 import random
 import re
 import warnings
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_dpo import load_policy
 from qlora_dpo.adapters import frozen_adapters, is_fresh, trained_adapters
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
-from qlora_dpo.model import attach_adapter, keep_one_arithmetic, load_tokenizer
+from qlora_dpo.model import attach_adapter, keep_one_arithmetic, load_base, load_tokenizer
+
+from test_trainer import trainer_of
+from tiny_chat import build_tiny_llama
 
 GROUPS = [
     Group([9, 12, 14], [[10, 11, 8, 2], [13, 9, 2]], [(0, 1)]),
@@ -194,3 +198,39 @@ def test_an_adapter_of_a_base_in_other_bits_is_warned_of(policy, base_folder, tm
     found = [str(w.message) for w in caught if "as it was trained" in str(w.message)]
     assert len(found) == (said is not None)
     assert said is None or re.search(said, found[0])
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}], ids=lambda more: next(iter(more)))
+def test_all_that_is_trained_is_in_fp32_when_it_goes_on(tokenizer, tmp_path, more):
+    build_tiny_llama(tokenizer, attention_bias=True).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
+    policy = load_policy(str(tmp_path / "base"), peft_config=config)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter)  # numbers that bf16 does not have
+    policy.save_pretrained(tmp_path / "adapter")
+    again = load_policy(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+    found = {name: p for name, p in again.named_parameters() if p.requires_grad}
+    assert found.keys() == trained.keys()
+    for name, parameter in found.items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, trained[name]), name
+
+
+def test_an_adapter_of_another_name_is_found_in_its_sub_folder(base_folder, tokenizer, make_args):
+    args = make_args()
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    policy = get_peft_model(load_base(base_folder), lora, adapter_name="mine")
+    trainer_of(tokenizer, args, policy=policy).save_model()
+    assert Path(args.output_dir, "mine", "adapter_config.json").is_file()
+    assert load_policy(args.output_dir).peft_config["default"].r == 2
+
+
+def test_a_stack_is_found_from_another_folder(base_folder, tokenizer, make_args, tmp_path, monkeypatch):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    monkeypatch.chdir(tmp_path)
+    load_policy(base_folder, peft_config=lora).save_pretrained("sft")
+    policy = load_policy(base_folder, adapter="sft", peft_config=lora)
+    trainer_of(tokenizer, make_args(output_dir="dpo"), policy=policy).save_model()
+    monkeypatch.chdir("/")
+    assert len(load_policy(str(tmp_path / "dpo")).active_adapters) == 2

@@ -13,6 +13,7 @@ from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.recompute import decoder_layers
 
 from one_step import RANKED, one_step
+from test_trainer import trainer_of
 from tiny_chat import build_tiny_llama, chat_row
 from tiny_models import ARCHITECTURES, add_lora, build
 
@@ -126,3 +127,17 @@ def test_the_newer_name_of_checkpointing_counts_too(tmp_path):
         pytest.skip("transformers of this version has the older name only")
     with pytest.raises(ValueError, match="`keep_layers` must be 0 without"):
         QLoRADPOConfig(output_dir=str(tmp_path), keep_layers=1, activation_checkpointing=False)
+
+
+def test_checkpointing_that_is_switched_off_is_off(base_folder, tokenizer, make_args):
+    """`load_policy` turns it on."""
+    policy, seen = load_policy(base_folder), []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.extend(bool(layer.gradient_checkpointing) for layer in decoder_layers(policy.get_base_model()))
+
+    for wanted in (False, True):
+        args = make_args(max_steps=1, gradient_checkpointing=wanted)
+        trainer_of(tokenizer, args, policy=load_policy(base_folder) if wanted else policy, callbacks=[Look()]).train()
+    assert seen == [False, False, False, False]

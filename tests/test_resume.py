@@ -24,7 +24,7 @@ from qlora_dpo.resuming import groups_fingerprint
 
 from test_cli import train_words
 from test_trainer import RANKED, policy_of, trainer_of, weights
-from tiny_chat import CHAT_ROWS
+from tiny_chat import CHAT_ROWS, chat_row
 
 NF4_IN_FP32 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -555,3 +555,82 @@ def test_a_run_that_is_killed_ten_times_ends_as_one_that_was_not(tmp_path):
     assert json.loads((tmp_path / "killed.json").read_text()) == json.loads((tmp_path / "whole.json").read_text())
     answers = [(tmp_path / name / GENERATIONS_NAME).read_text() for name in ("killed", "whole")]
     assert answers[0] == answers[1]
+
+
+def test_a_stream_in_a_later_pass_is_not_gone_on_with(tokenizer, make_args):
+    """transformers takes `max_steps` for the length of an epoch, and skips behind the end of the stream."""
+
+    def trainer(steps, **more):
+        stream = Dataset.from_list([chat_row(seed) for seed in range(8)]).to_iterable_dataset()  # four steps a pass
+        args = make_args(max_steps=steps, reference="initial", **SAVING, **more)
+        policy = policy_of(tokenizer, random_b=True)
+        return QLoRADPOTrainer(policy, args=args, train_dataset=stream, processing_class=tokenizer)
+
+    first = trainer(6)
+    first.train()
+    whole = weights(first)
+    again = trainer(6)
+    again.train(f"{first.args.output_dir}/checkpoint-3")
+    assert torch.equal(weights(again), whole)
+    with pytest.raises(ValueError, match="must be in its first pass to go on"):
+        trainer(6).train(f"{first.args.output_dir}/checkpoint-5")
+    trainer(6, ignore_data_skip=True).train(f"{first.args.output_dir}/checkpoint-5")
+
+
+def test_a_longer_run_goes_on_by_its_own_schedule(tokenizer, make_args, tmp_path):
+    def rates(name, steps, resume=None):
+        args = make_args(output_dir=str(tmp_path / name), max_steps=steps, reference="initial", **SAVING)
+        trainer = trainer_of(tokenizer, args, policy=policy_of(tokenizer, random_b=True))
+        trainer.train(resume)
+        return [line["learning_rate"] for line in trainer.state.log_history if "loss" in line]
+
+    whole = rates("whole", 8)
+    rates("short", 4)
+    with pytest.warns(UserWarning, match="for another number of steps .* goes on with 0.005 instead of 0"):
+        found = rates("short", 8, True)
+    assert found[4:] == whole[4:]
+    assert len(set(whole)) == 8
+
+
+def test_a_new_run_in_an_old_folder_keeps_its_own_checkpoints(tokenizer, make_args):
+    for steps in (6, 4):
+        trainer = trainer_of(tokenizer, make_args(max_steps=steps, save_total_limit=2, **SAVING))
+        trainer.train()
+    left = {path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
+    assert left == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_the_evaluation_of_the_best_checkpoint_outlives_a_stop(tokenizer, make_args):
+    options = SAVING | {
+        "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }  # fmt: skip
+    trainer_of(tokenizer, make_args(max_steps=3, **options), eval_rows=CHAT_ROWS).train()
+    trainer = trainer_of(tokenizer, make_args(max_steps=4, **options), eval_rows=CHAT_ROWS)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    record = json.loads(Path(trainer.args.output_dir, "qlora_dpo.json").read_text())
+    assert trainer.state.best_global_step == 1
+    assert record["evaluations"]["eval"]["margin"] == pytest.approx(trainer.evaluate()["eval_rewards/margins"])
+
+
+def test_an_evaluation_before_another_training_is_not_of_its_weights(tokenizer, make_args):
+    """Both end at step 2, by which evaluations are remembered."""
+    trainer = trainer_of(tokenizer, make_args(max_steps=2, learning_rate=1e-2), eval_rows=CHAT_ROWS)
+    trainer.train()
+    trainer.evaluate()
+    trainer.train()
+    trainer.save_model()
+    record = json.loads(Path(trainer.args.output_dir, "qlora_dpo.json").read_text())
+    assert record["evaluations"] == {}
+
+
+def test_the_best_model_comes_with_a_reference_that_had_not_moved_yet(tokenizer, make_args):
+    options = SAVING | {
+        "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_rewards/margins", "sync_ref_model": True, "ref_model_sync_steps": 3,
+    }  # fmt: skip
+    trainer = trainer_of(tokenizer, make_args(max_steps=4, **options), CHAT_ROWS, CHAT_ROWS)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
