@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
@@ -201,6 +202,21 @@ def reference_from(policy: PeftModel, ref_model: Any, args: QLoRADPOConfig) -> R
         average=average,
         model_kwargs={"trust_remote_code": args.trust_remote_code},
     )
+
+
+def require_own_folder(args: QLoRADPOConfig, policy: PeftModel, reference: Reference) -> None:
+    """Refuse to write over an adapter that the result is on top of, or is compared with.
+
+    Raises:
+        ValueError: If `output_dir` is the folder of one.
+    """
+    sources = getattr(policy, "adapter_sources", {})
+    for needed in (*(sources.get(name) for name in frozen_adapters(policy)), reference.source):
+        if needed is not None and Path(needed).resolve() == Path(args.output_dir).resolve():
+            raise ValueError(
+                f"`output_dir` must be another folder than that of the adapter below or of the reference, got "
+                f"{args.output_dir}, which would be written over. Name a new one."
+            )
 
 
 def require_shardable(accelerator: Accelerator, args: QLoRADPOConfig, reference: Reference) -> bool:

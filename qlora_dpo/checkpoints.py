@@ -170,6 +170,17 @@ def _last_whole(run: str) -> Path:
     )
 
 
+def warn_of_others(run: str) -> None:
+    """Say so if a run begins in a folder with checkpoints of another, which it would be confused with later."""
+    found = _checkpoints(run)
+    if found:
+        warnings.warn(
+            f"{run} holds checkpoints of another run, up to {found[-1].name}, and this one begins anew. To go on with "
+            "it, stop and set `resume_from_checkpoint=True`; else name another `output_dir`, or delete them.",
+            stacklevel=3,
+        )
+
+
 def rotate(run: str, limit: int | None, kept: Sequence[str | Path | None]) -> None:
     """Delete the oldest checkpoints of a run beyond a limit, those that are not marked as whole first.
 

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
+from qlora_dpo.checkpoints import checkpoint_to_resume
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
@@ -31,6 +32,7 @@ from qlora_dpo.parsing import parse
 from qlora_dpo.paths import UNKNOWN, adapter_folder, saved_adapter
 from qlora_dpo.record import (
     read_record,
+    recorded_options,
     recorded_reference,
     require_known,
     warn_of_reference,
@@ -192,6 +194,7 @@ def _summary(title: str, metrics: dict[str, float]) -> str:
 def train(words: Sequence[str]) -> None:
     """Train an adapter: `qlora-dpo train --model_name_or_path ... --dataset_name ... --output_dir ...`."""
     data, model, args = parse((DataArguments, ModelArguments, QLoRADPOConfig), words, "qlora-dpo train")
+    goes_on = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)  # before anything is loaded
     load = {"path_or_id": data.dataset_name, "name": data.dataset_config}
     train_rows = load_rows(split=data.dataset_train_split, **load)
     test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None
@@ -209,15 +212,19 @@ def train(words: Sequence[str]) -> None:
     for origin in trainer.prepared.origins:
         trainer.prepared.name(origin, data.dataset_name, data.dataset_config)
     metrics: dict[str, Any] = {}
-    if test_rows is not None:
+    if test_rows is not None and goes_on is None:
         metrics["before"] = trainer.evaluate()
         judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "before")))
-    metrics["train"] = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+        _write_metrics(args.output_dir, metrics)
+    elif Path(args.output_dir, METRICS_NAME).is_file():
+        metrics = json.loads(Path(args.output_dir, METRICS_NAME).read_text())
+    metrics["train"] = trainer.train(resume_from_checkpoint=goes_on).metrics
     if test_rows is not None:
         metrics["after"] = trainer.evaluate()
         found = judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "after")))
         for title in ("before", "after"):
-            print(_summary(title, metrics[title]))
+            if title in metrics:
+                print(_summary(title, metrics[title]))
         print(found)
     trainer.save_state()
     trainer.save_model(_internal_call=True)  # without pushing: what may fail comes last
@@ -243,17 +250,8 @@ def evaluate(words: Sequence[str]) -> None:
     classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
     adapter = parse(classes, words, program)[0].adapter  # whose record sets the defaults of the rest
     record = read_record(adapter)
-    kept = ("max_length", "max_prompt_length", "pair_strategy")
-    defaults = (
-        {name: getattr(record, name) for name in kept}
-        | record.loss
-        | {
-            "reference": recorded_reference(record, given=False),
-            "output_dir": str(Path(adapter if Path(adapter).is_dir() else adapter.split("/")[-1], "evaluation")),
-            "bf16": record.mixed_precision == "bf16",
-            "fp16": record.mixed_precision == "fp16",
-        }
-    )
+    folder = Path(adapter if Path(adapter).is_dir() else adapter.split("/")[-1], "evaluation")
+    defaults = recorded_options(record, given=False) | {"output_dir": str(folder)}
     chosen, args = parse(classes, words, program, defaults)
     rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
     if chosen.benchmark not in (None, "rewardbench"):

@@ -51,8 +51,13 @@ LOSS_FIELDS = (
 )
 """Fields that decide the loss; `qlora_dpo.json` keeps them."""
 
-_SAMPLES = ("sample_generations_every", "sample_max_new_tokens")
-_COUNTS = ("precompute_ref_batch_size", "ref_model_sync_steps", "ref_model_max_rank", *_SAMPLES)
+_COUNTS = (
+    "precompute_ref_batch_size",
+    "ref_model_sync_steps",
+    "ref_model_max_rank",
+    "sample_generations_every",
+    "sample_max_new_tokens",
+)
 _MODIFIERS = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "bco_running_mean")
 
 
@@ -303,9 +308,6 @@ class QLoRADPOConfig(TrainingArguments):
         self._check_choice("pair_strategy", self.pair_strategy, tuple(PAIR_STRATEGIES))
         if self.padding_free and self.batch_layout == "padded":
             raise ValueError("`padding_free` must be False with batch_layout='padded', got True. Drop one of them.")
-        for name in _SAMPLES:
-            if not self.sample_generations and getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ValueError(f"`{name}` must be left out without `sample_generations`, which uses it. Set that.")
         if self.sample_generations < 0:
             raise ValueError(f"`sample_generations` must be 0 or more, got {self.sample_generations}.")
         check_reference(self.objective, self.reference)

@@ -45,11 +45,13 @@ class SampleGenerations(TrainerCallback):
         self.trainer = trainer
         self.num_prompts, self.every, self.max_new_tokens = num_prompts, every, max_new_tokens
         self._evaluations, self._last_step = 0, -1
+        self._mode = "w"  # over what another run left in the folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where a run goes on: count what was evaluated before, and drop what will be written again."""
         if not state.global_step:
             return
+        self._mode = "a"
         lines = [line for line in state.log_history if any(key.startswith("eval_") for key in line)]
         self._evaluations += len({line["step"] for line in lines})
         path = Path(args.output_dir, GENERATIONS_NAME)
@@ -69,8 +71,9 @@ class SampleGenerations(TrainerCallback):
         if not state.is_world_process_zero:
             return
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with Path(args.output_dir, GENERATIONS_NAME).open("a") as file:
+        with Path(args.output_dir, GENERATIONS_NAME).open(self._mode) as file:
             file.writelines(json.dumps({"step": state.global_step, **line}) + "\n" for line in lines)
+        self._mode = "a"
         self._show(args, state, control, lines)
 
     def _lines(self) -> list[dict[str, Any]]:

@@ -14,10 +14,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from qlora_dpo.adapters import trained_adapters
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.errors import FixableError
 from qlora_dpo.evaluation import GatheredPairs
 from qlora_dpo.measures import Pairs, PreferenceReport, preference_report
+from qlora_dpo.paths import RECORD_NAME, local_adapter
+from qlora_dpo.record import read_record, recorded_options, require_known
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 REPORT_NAME, PAIRS_NAME = "report.json", "pairs.jsonl"
@@ -38,17 +41,31 @@ def evaluate_preferences(
         policy: Base with adapters, as `load_policy` returns it.
         dataset: Rows in any form that training accepts; columns `subset` and `label_probs` are used in the report.
         tokenizer: The tokenizer of the model.
-        args: `reference`, `beta`, lengths and batch size; None for the defaults, with the base as reference.
+        args: `reference`, `beta`, lengths and batch size; None for those that the adapter was trained with, where
+            `load_policy` loaded it from beside its `qlora_dpo.json`, else the defaults, with the base as reference.
         name: What to call the set in the report.
         output_dir: Where to write `report.json` and, a line for each pair, `pairs.jsonl`; None for nowhere.
 
     Returns:
         The report: accuracy with its interval, margins, calibration, and the same by length, subset and turns.
     """
-    args = args or QLoRADPOConfig(output_dir=output_dir or "evaluation", reference="base", report_to=[])
+    if args is None:
+        options = _as_trained(policy, "ref_logps" in dataset.column_names)
+        args = QLoRADPOConfig(output_dir=output_dir or "evaluation", report_to=[], **options)
     trainer = QLoRADPOTrainer(model=policy, args=args, eval_dataset=dataset, processing_class=tokenizer)
     trainer.evaluate()
     return judged(trainer, name, output_dir)
+
+
+def _as_trained(policy: PeftModel, given: bool) -> dict[str, Any]:
+    """The options that the record of a policy's adapter gives; without one, the base as reference."""
+    source = getattr(policy, "adapter_sources", {}).get(trained_adapters(policy)[-1])
+    if source is None or not Path(local_adapter(source), RECORD_NAME).is_file():
+        return {"reference": "base"}
+    record = read_record(source)
+    options = recorded_options(record, given)
+    require_known(record, options["reference"])
+    return options
 
 
 def judged(trainer: QLoRADPOTrainer, name: str, output_dir: str | None = None) -> PreferenceReport:

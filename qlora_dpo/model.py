@@ -44,6 +44,7 @@ from qlora_dpo.paths import (
     at_revision,
     base_of,
     check_path,
+    lasting,
     local_adapter,
     saved_adapter,
     with_revision,
@@ -132,7 +133,7 @@ def load_base(
     kwargs.setdefault("device_map", device_map())
     name, kwargs = with_revision(model_id, kwargs)
     with at_revision("model", name, kwargs.get("revision")):
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(lasting(name), **kwargs)  # the adapter's config will name it
     model.config.use_cache = False
     keep_one_arithmetic(model)
     head = model.get_output_embeddings()

@@ -50,6 +50,11 @@ def check_path(path_or_id: str, what: str) -> str:
     return name if revision is None else f"{name}@{revision}"
 
 
+def lasting(path_or_id: str) -> str:
+    """What leads to the same from every folder: a path that is there in full, an id as it is."""
+    return str(Path(path_or_id).absolute()) if Path(path_or_id).exists() else path_or_id
+
+
 def with_revision(path_or_id: str, options: dict[str, Any], what: str = "model") -> tuple[str, dict[str, Any]]:
     """A path or id, and keyword arguments of `from_pretrained` with the revision of `id@revision` among them.
 

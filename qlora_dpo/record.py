@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
 from qlora_dpo.origins import base_commit, base_licence, versions
-from qlora_dpo.paths import RECORD_NAME, UNKNOWN, local_adapter, saved_adapter
+from qlora_dpo.paths import RECORD_NAME, UNKNOWN, lasting, local_adapter, saved_adapter
 from qlora_dpo.reference import Reference, reference_hash
 
 
@@ -120,9 +120,9 @@ def record_of(
         dtype=str(base.dtype).removeprefix("torch."),
         mixed_precision=args.arithmetic,
         reference="given" if given else reference.kind,
-        reference_source=_lasting(reference.source),
+        reference_source=reference.source and lasting(reference.source),
         reference_hash=reference_hash(reference),
-        stacked_on=_lasting(sources.get(below[-1], UNKNOWN)) if below else None,
+        stacked_on=lasting(sources.get(below[-1], UNKNOWN)) if below else None,
         beta=args.beta,
         loss={name: getattr(args, name) for name in LOSS_FIELDS},
         bco_delta=bco_delta,
@@ -156,11 +156,6 @@ def read_record(folder: str) -> AdapterRecord:
     return AdapterRecord(**{name: value for name, value in found.items() if name in known})
 
 
-def _lasting(source: str | None) -> str | None:
-    """A source that leads to the same from another folder: paths that are there in full, ids as they are."""
-    return str(Path(source).absolute()) if source is not None and Path(source).exists() else source
-
-
 def weights_hash(folder: str) -> str:
     """SHA-256 of the weights of a saved adapter, by which an evaluation is known to be of them."""
     with Path(local_adapter(saved_adapter(folder)), SAFETENSORS_WEIGHTS_NAME).open("rb") as file:
@@ -179,6 +174,18 @@ def recorded_reference(record: AdapterRecord, given: bool) -> str:
     if record.reference == "given" and given:
         return "auto"
     return record.reference if record.reference in ("base", "none") else record.reference_source or UNKNOWN
+
+
+def recorded_options(record: AdapterRecord, given: bool) -> dict[str, Any]:
+    """The options of `QLoRADPOConfig` that judge an adapter as it was trained: lengths, loss, precision, reference.
+
+    Args:
+        record: The record.
+        given: Whether the data at hand brings its own reference log-probabilities.
+    """
+    lengths = {name: getattr(record, name) for name in ("max_length", "max_prompt_length", "pair_strategy")}
+    precision = {name: record.mixed_precision == name for name in ("bf16", "fp16")}
+    return lengths | record.loss | precision | {"reference": recorded_reference(record, given)}
 
 
 def require_known(record: AdapterRecord, asked: str) -> None:

@@ -27,7 +27,7 @@ from qlora_dpo.model import load_policy, load_tokenizer
 from qlora_dpo.paths import saved_adapter
 from qlora_dpo.preferences import PAIR_VALUES, Preference, parse_row
 from qlora_dpo.proof import extreme_groups, prove_model
-from qlora_dpo.record import read_record, recorded_reference, require_known, warn_of_reference
+from qlora_dpo.record import read_record, recorded_reference, require_known, warn_of_reference, weights_hash
 from qlora_dpo.reference import ModelReference, Reference, make_reference
 
 OUTPUTS = ("row", "rewards", "logps", "reference_logps", "tokens", "ranking", "margin", "error")
@@ -282,7 +282,13 @@ def score_file(
         raise FileNotFoundError(f"`source` must be a .jsonl file, got {source}. Check the path.")
     if Path(target).exists() and Path(target).samefile(source):
         raise ValueError(f"`target` must be another file than `source`, got {target} for both. Name a new one.")
-    asked = {"adapter": adapter, "source": source, "reference": reference, "min_margin": min_margin}
+    asked = {
+        "adapter": adapter,
+        "weights": weights_hash(adapter),
+        "source": source,
+        "reference": reference,
+        "min_margin": min_margin,
+    }
     done = _resumed(target, asked)
     with Path(source).open("rb") as file:
         total = max((number for number, line in enumerate(file, 1) if line.strip()), default=0)

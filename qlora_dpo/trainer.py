@@ -26,13 +26,14 @@ from qlora_dpo.arguments import (
     check_best_metric,
     policy_from,
     reference_from,
+    require_own_folder,
     require_shardable,
     router_coefficient,
     tokenizer_from,
 )
 from qlora_dpo.budget import Rescue, forwards_of, longest_rows
 from qlora_dpo.callbacks import SyncReference, WatchPreferences
-from qlora_dpo.checkpoints import checkpoint_to_resume
+from qlora_dpo.checkpoints import checkpoint_to_resume, warn_of_others
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import (
     GROUP_COLUMNS,
@@ -123,6 +124,7 @@ class QLoRADPOTrainer(SavingTrainer):
         reference = reference_from(policy, ref_model, args)
         if train_dataset is not None:
             require_trainable(policy)
+            require_own_folder(args, policy, reference)
         step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
         self.starts_at_reference = starts_at(reference, policy)
         self._start_checked = False
@@ -262,6 +264,8 @@ class QLoRADPOTrainer(SavingTrainer):
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
         checkpoint = self._complete_checkpoint(resume_from_checkpoint)
         self._run = run_facts(self.args, self.train_dataset, self.model, self.sharded)
+        if checkpoint is None and self.args.process_index == 0:
+            warn_of_others(self.args.output_dir)
         if checkpoint is not None:
             check_same_run(checkpoint, read_record(checkpoint), self._record())
             if not isinstance(self.train_dataset, Dataset) and not self.args.ignore_data_skip:

@@ -286,3 +286,39 @@ def test_completions_are_scored_from_the_command_line(base_folder, rows_file, tm
     assert main(["score", "--adapter", run, "--source", rows_file, "--target", str(target)]) == 0
     assert "12 rows scored" in capsys.readouterr().out
     assert len(target.read_text().splitlines()) == 12
+
+
+def test_a_base_is_found_from_another_folder(base_folder, rows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(base_folder).parent)
+    assert main(train_words(Path(base_folder).name, rows_file, tmp_path / "run")) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "--adapter", "run", "--dataset_name", rows_file, *QUICK]) == 0
+
+
+def test_a_run_that_goes_on_is_not_judged_from_the_start_again(base_folder, rows_file, tmp_path):
+    words = [*train_words(base_folder, rows_file, tmp_path / "run"), "--save_steps", "1", "--sample_generations", "1"]
+    words[words.index("--save_strategy") + 1] = "steps"
+    assert main([*words, "--sample_max_new_tokens", "2"]) == 0
+    before = json.loads((tmp_path / "run" / "metrics.json").read_text())["before"]
+    assert main([*words, "--max_steps", "3", "--resume_from_checkpoint", "true", "--sample_max_new_tokens", "2"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["before"] == before
+    lines = (tmp_path / "run" / "generations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 3]
+    with pytest.warns(UserWarning, match="holds checkpoints of another run, up to checkpoint-3"):
+        assert main([*words, "--sample_generations", "0", "--sample_max_new_tokens", "2"]) == 0
+
+
+def test_a_missing_checkpoint_is_said_before_anything_is_loaded(rows_file, tmp_path, capsys):
+    words = train_words("nowhere/to-be-found", rows_file, tmp_path / "run")
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 2
+    assert "must find a complete checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--new_adapter", "true"], []], ids=["stacked on it", "compared with it"])
+def test_an_adapter_that_is_needed_later_is_not_written_over(base_folder, rows_file, tmp_path, capsys, more):
+    run = tmp_path / "run"
+    assert main(train_words(base_folder, rows_file, run)) == 0
+    before = (run / "adapter_model.safetensors").read_bytes()
+    assert main([*train_words(str(run), rows_file, run), *more]) == 2
+    assert "which would be written over. Name a new one." in capsys.readouterr().err
+    assert (run / "adapter_model.safetensors").read_bytes() == before

@@ -163,5 +163,3 @@ def test_what_cannot_be_answered_is_refused(make_trainer, make_args):
         make_trainer(sample_generations=1, eval_dataset=None, eval_strategy="no")
     with pytest.raises(ValueError, match="0 or more"):
         make_args(sample_generations=-1)
-    with pytest.raises(ValueError, match="without `sample_generations`"):
-        make_args(sample_max_new_tokens=5)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from qlora_dpo import PreferenceReport, QLoRADPOTrainer, evaluate_preferences
+from qlora_dpo import PreferenceReport, QLoRADPOTrainer, evaluate_preferences, load_policy
 from qlora_dpo.forward import install_scoring
 from qlora_dpo.judge import judged
 
@@ -114,3 +114,18 @@ def test_a_report_without_an_evaluation_is_refused(tokenizer, make_args):
     trainer = QLoRADPOTrainer(policy_of(tokenizer), args=make_args(), eval_dataset=rows, processing_class=tokenizer)
     with pytest.raises(RuntimeError, match="An evaluation must come before its report"):
         judged(trainer, "rows")
+
+
+def test_an_adapter_is_judged_as_it_was_trained(base_folder, tokenizer, make_args):
+    args = make_args(beta=0.7, max_length=40, max_steps=1, learning_rate=1e-2, per_device_train_batch_size=4)
+    rows = Dataset.from_list(CHAT_ROWS)
+    policy = load_policy(base_folder)
+    trainer = QLoRADPOTrainer(policy, None, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    report = evaluate_preferences(load_policy(args.output_dir), rows, tokenizer)
+    trainer.evaluate()
+    own = judged(trainer, "rows")
+    assert report.beta == own.beta == 0.7
+    assert report.pairs == own.pairs
+    assert report.margin.mean == pytest.approx(own.margin.mean, rel=1e-5)

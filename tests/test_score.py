@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_dpo import score
 from qlora_dpo.cli import main
@@ -343,3 +344,13 @@ def test_a_line_that_is_no_row_is_named(counted, tmp_path):
     source.write_text(json.dumps(RANKED[0]) + '\n{"prompt": \n')
     with pytest.raises(ValueError, match=r"Line 2 of .* must be a JSON object, got .* Correct it"):
         score_file("a", str(source), str(tmp_path / "scored.jsonl"))
+
+
+def test_rewards_of_an_adapter_that_was_trained_again_are_not_gone_on_with(base_folder, rows_file, tmp_path):
+    run, target = tmp_path / "run", tmp_path / "out.jsonl"
+    assert main(train_words(base_folder, rows_file, run)) == 0
+    assert score_file(str(run), rows_file, str(target)) == 12
+    weights = run / "adapter_model.safetensors"
+    save_file({name: 50 * tensor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="`weights` must be that of the first time"):
+        score_file(str(run), rows_file, str(target))
