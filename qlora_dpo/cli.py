@@ -385,7 +385,7 @@ def push(words: Sequence[str]) -> None:
 class MergeArguments:
     """What to merge."""
 
-    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    adapter: str = field(metadata={"help": "Folder or Hub id of a saved adapter with its qlora_dpo.json."})
     output_dir: str = field(metadata={"help": "Folder to write, new or empty; an unfinished merge is begun again."})
     into: str = field(
         default="quantized",

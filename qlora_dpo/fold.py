@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_dpo.adapters import adapter_weights, base_weights, require_token_adapter
 from qlora_dpo.model import require_all_weights, require_intact_base
+from qlora_dpo.paths import local_adapter
 from qlora_dpo.shards import Checkpoint
 
 
@@ -235,7 +236,7 @@ class Fold:
 
 def _policy_skeleton(config: PreTrainedConfig, adapters: Sequence[str]) -> PeftModel:
     """Adapters with their weights, in fp32, on a base without any."""
-    configs = {f"folded_{number}": PeftConfig.from_pretrained(adapter) for number, adapter in enumerate(adapters)}
+    configs = {f"folded_{number}": PeftConfig.from_pretrained(local_adapter(a)) for number, a in enumerate(adapters)}
     names = list(configs)
     with warnings.catch_warnings():
         # PEFT's remarks on options of the saved config, which training has made already
@@ -296,7 +297,7 @@ def _require_foldable(adapter: str) -> None:
         NotImplementedError: For prompt learning, activated LoRA, AdaLoRA and adapters on bare parameters.
         ValueError: If loading the adapter would change the base.
     """
-    config = PeftConfig.from_pretrained(adapter)
+    config = PeftConfig.from_pretrained(local_adapter(adapter))
     require_token_adapter(config)
     require_intact_base(adapter)
     if getattr(config, "target_parameters", None):

@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 from qlora_dpo.compare import MergeDifference, compared, scored_as_trained
 from qlora_dpo.fold import BaseWeights, Fold
 from qlora_dpo.model import adapters_below, load_tokenizer
-from qlora_dpo.paths import check_path
+from qlora_dpo.paths import check_path, local_adapter, split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter
 from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes, weight_files
 
@@ -122,9 +122,9 @@ def merge_adapter(
     `output_dir` for a second one.
 
     Args:
-        adapter: Folder of a saved adapter with its `qlora_dpo.json`.
+        adapter: Folder or Hub id, perhaps as `id@revision`, of a saved adapter with its `qlora_dpo.json`.
         output_dir: Folder to write, new or empty; one that a merge left unfinished is begun again.
-        base: Hub id or folder to take in place of the recorded base, for one that has moved.
+        base: The same of a model to take in place of the recorded base, for one that has moved.
         into: `quantized`: the base as it was trained on, quantised and dequantised. `original`: the base as it is
             stored, which the adapter never saw.
         dtype: `bfloat16`, `float16` or `float32`; sums are made in fp32 and rounded to it once.
@@ -174,7 +174,7 @@ class _Job:
     """What is merged into what.
 
     Attributes:
-        adapter: The folder that was named.
+        adapter: The folder or id that was named.
         adapters: It and what lies below it, lowest first.
         base: Hub id or folder of the base.
         revision: Its revision.
@@ -206,8 +206,9 @@ def _job(adapter: str, base: str | None, into: str, dtype: str) -> _Job:
     adapter = check_path(adapter, "adapter")
     record = read_record(adapter)
     top = saved_adapter(adapter)
-    source = check_path(base or record.base, "base model")
-    revision = None if base is not None else record.base_revision
+    source, revision = split_revision(base or record.base, "base model")
+    if base is None:
+        revision = record.base_revision
     config = AutoConfig.from_pretrained(source, revision=revision or "main")
     stored = _without_quantization(config)
     method = stored and stored.get("quant_method", "bitsandbytes")
@@ -225,7 +226,7 @@ def _job(adapter: str, base: str | None, into: str, dtype: str) -> _Job:
         into = "original"  # which is what was trained on
     job = _Job(adapter, [*adapters_below(top), top], source, revision, record, into, dtype, config, stored is not None)
     for one in job.adapters:
-        PeftConfig.from_pretrained(one)  # which says so if it is not there
+        PeftConfig.from_pretrained(local_adapter(one))  # which says so if it is not there
     return job
 
 
@@ -337,13 +338,14 @@ def _write_tokenizer(job: _Job, folder: Path) -> None:
 
 def _tokenizer_sources(job: _Job) -> list[str]:
     """Where the tokenizer's files are taken from, the best place first."""
-    if not any(Path(job.adapter).glob("tokenizer*")):
+    folder = local_adapter(job.adapter)
+    if not any(Path(folder).glob("tokenizer*")):
         return [job.base]
     if _file_of(job.base, "tokenizer_config.json", job.revision) is None:
-        return [job.adapter]
-    own, base = load_tokenizer(job.adapter), load_tokenizer(job.base, revision=job.revision or "main")
+        return [folder]
+    own, base = load_tokenizer(folder), load_tokenizer(job.base, revision=job.revision or "main")
     same = own.get_vocab() == base.get_vocab() and own.chat_template == base.chat_template
-    return [job.base] if same else [job.adapter, job.base]
+    return [job.base] if same else [folder, job.base]
 
 
 def _file_of(source: str, name: str, revision: str | None) -> str | None:

@@ -323,6 +323,8 @@ def test_a_base_is_found_by_its_hub_id(bases, tmp_path, monkeypatch):
     assert report.base == "someone/tiny"
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
     assert error(logits(model), logits(policy)) <= ROUNDING
+    _, named = merged(adapter, tmp_path / "named", base="someone/tiny@main", sample_rows=CHAT_ROWS[:2])
+    assert error(logits(named), logits(policy)) <= ROUNDING
 
 
 def test_a_sharded_base_is_read(tokenizer, tmp_path):
