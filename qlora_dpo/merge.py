@@ -4,22 +4,22 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
-from transformers.utils import cached_file
 
 from qlora_dpo.compare import MergeDifference, compared, scored_as_trained
 from qlora_dpo.fold import BaseWeights, Fold
 from qlora_dpo.model import adapters_below, load_tokenizer
-from qlora_dpo.paths import check_path, local_adapter, split_revision
+from qlora_dpo.paths import TOKENIZER_FILES, check_path, local_adapter, split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter
 from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes, weight_files
 
@@ -28,16 +28,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 REPORT_NAME = "merge.json"
 UNFINISHED_NAME = "merge.unfinished"
 """Lies in a folder from the first byte that is written to the last."""
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+_CARRIED_FILES = (*TOKENIZER_FILES, "chat_template.json", "*processor_config.json")
+"""Files that a model is served with besides its weights and config: of its tokenizer, and of what reads images."""
 
 
 @dataclass(frozen=True)
@@ -328,36 +320,30 @@ def _write_tokenizer(job: _Job, folder: Path) -> None:
 
     Files of the base are the ones that other programs have been tried with; saving them again would change them.
     """
-    sources = _tokenizer_sources(job)
-    for source in sources:
-        for name in _TOKENIZER_FILES if source is sources[0] else ("tokenizer.model",):
-            found = _file_of(source, name, job.revision if source == job.base else None)
-            if found is not None and not (folder / name).exists():
-                shutil.copyfile(found, folder / name)
+    files, own = _carried_files(job.base, job.revision), _carried_files(local_adapter(job.adapter))
+    if _has_own_tokenizer(job, files, own):
+        unsaved = (".model", "processor_config.json")  # which saving a tokenizer leaves out
+        files = {name: path for name, path in files.items() if name.endswith(unsaved)} | own
+    for name, path in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
 
 
-def _tokenizer_sources(job: _Job) -> list[str]:
-    """Where the tokenizer's files are taken from, the best place first."""
-    folder = local_adapter(job.adapter)
-    if not any(Path(folder).glob("tokenizer*")):
-        return [job.base]
-    if _file_of(job.base, "tokenizer_config.json", job.revision) is None:
-        return [folder]
-    own, base = load_tokenizer(folder), load_tokenizer(job.base, revision=job.revision or "main")
-    same = own.get_vocab() == base.get_vocab() and own.chat_template == base.chat_template
-    return [job.base] if same else [folder, job.base]
+def _carried_files(source: str, revision: str | None = None) -> dict[str, Path]:
+    """The files beside the weights, of a folder or a Hub id, by their place there."""
+    wanted = list(_CARRIED_FILES)
+    where = source if Path(source).is_dir() else snapshot_download(source, revision=revision, allow_patterns=wanted)
+    return {path.relative_to(where).as_posix(): path for pattern in wanted for path in Path(where).glob(pattern)}
 
 
-def _file_of(source: str, name: str, revision: str | None) -> str | None:
-    """The path of a file in a folder or of a Hub id, if it is there."""
-    return cached_file(
-        source,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+def _has_own_tokenizer(job: _Job, base_files: Container[str], own_files: Iterable[str]) -> bool:
+    """Whether the adapter has another tokenizer than the base."""
+    if not any(name.startswith("tokenizer") for name in own_files):
+        return False
+    if "tokenizer_config.json" not in base_files:
+        return True
+    own, base = load_tokenizer(job.adapter), load_tokenizer(job.base, revision=job.revision or "main")
+    return own.get_vocab() != base.get_vocab() or own.chat_template != base.chat_template
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -377,11 +377,29 @@ def test_the_tokenizer_is_the_adapters_where_it_has_another_template(bases, tmp_
     tokenizer = build_chat_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(adapter)
-    Path(bases["llama"], "tokenizer.model").write_bytes(b"sentencepiece")
+    beside = ("tokenizer.model", "preprocessor_config.json")
+    for name in beside:
+        Path(bases["llama"], name).write_bytes(b"{}")
     merge_adapter(adapter, str(tmp_path / "out"))
-    Path(bases["llama"], "tokenizer.model").unlink()
+    for name in beside:
+        Path(bases["llama"], name).unlink()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages[0]['content'] }}"
-    assert (tmp_path / "out" / "tokenizer.model").is_file()
+    assert [name for name in beside if not (tmp_path / "out" / name).is_file()] == []
+
+
+def test_every_file_that_serving_needs_is_carried_over(bases, tmp_path):
+    """A second template (for tools, as Command R has one), another kind of vocabulary, and what reads images."""
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    names = ("vocab.txt", "spiece.model", "preprocessor_config.json", "processor_config.json")
+    for name in names:
+        (base / name).write_text("{}")
+    _, adapter = trained(str(base), tmp_path / "adapter", lora())
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    merge_adapter(adapter, str(tmp_path / "out"))
+    assert [name for name in names if not (tmp_path / "out" / name).is_file()] == []
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template["tool_use"] == "{{ tools }}"
 
 
 def test_a_merge_that_was_cut_off_is_begun_again(adapter, tmp_path, monkeypatch):
