@@ -17,7 +17,12 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -50,7 +55,7 @@ class BaseWeights:
     ) -> None:
         """With a quantisation or a dtype, the weights as they were loaded with it; without, as they are stored."""
         model = skeleton(config)
-        self.checkpoint, self.dtype = checkpoint, dtype
+        self.checkpoint, self.dtype, self._model = checkpoint, dtype, model
         self.names = _parameter_names(checkpoint.names(), model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
         self.tied = _tied(model)
@@ -77,10 +82,15 @@ class BaseWeights:
         stored = self.checkpoint.tensor(source)
         if self.dtype is None or not stored.is_floating_point():
             return stored
-        loaded = stored.to(self.dtype)
+        loaded = stored.to(self.loaded_dtype(name, self.dtype))
         if path not in self._layers or leaf != "weight":
             return loaded
         return self._turned(_quantized_and_back(self._turned(loaded, path), self._layers[path]), path)
+
+    def loaded_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor is in if its model is loaded in a dtype: transformers keeps some (routers' biases) in fp32."""
+        plan = self._model._get_dtype_plan(dtype)
+        return torch.float32 if plan and build_glob_alternation(list(plan))[0].search(name) else dtype
 
     def _turned(self, weight: Tensor, path: str) -> Tensor:
         """Between `(in, out)`, as GPT-2's layers are stored, and `(out, in)`, as bitsandbytes takes them."""

@@ -119,7 +119,8 @@ def merge_adapter(
         base: The same of a model to take in place of the recorded base, for one that has moved.
         into: `quantized`: the base as it was trained on, quantised and dequantised. `original`: the base as it is
             stored, which the adapter never saw.
-        dtype: `bfloat16`, `float16` or `float32`; sums are made in fp32 and rounded to it once.
+        dtype: `bfloat16`, `float16` or `float32`; sums are made in fp32 and rounded to it once. What transformers keeps
+            in fp32 is written in fp32.
         max_shard_size: Largest file, such as `2GB`.
         sample_rows: Preference rows in any form that training accepts, to measure the difference on; a few are enough.
         reference: What the rewards on them are relative to, as in `load_scorer`; None for the recorded one.
@@ -272,13 +273,13 @@ def _write_weights(fold: Fold, writer: ShardWriter, dtype: torch.dtype) -> bool:
     for key in base.checkpoint.names():
         name = parameters.get(key)
         if name is None:  # a part of what the model puts together while it loads
-            writer.add(key, _rounded(base.checkpoint.tensor(key), dtype, key))
+            writer.add(key, _rounded(base.checkpoint.tensor(key), base.loaded_dtype(key, dtype), key))
             continue
-        value = _rounded(fold.value(name), dtype, key)
+        value = _rounded(fold.value(name), base.loaded_dtype(name, dtype), key)
         writer.add(key, value)
         for other in base.tied.get(name, ()):
             if fold.changes(name) or fold.changes(other):
-                twin = _rounded(fold.value(other), dtype, other)
+                twin = _rounded(fold.value(other), base.loaded_dtype(other, dtype), other)
                 if not torch.equal(value, twin):
                     untied = True
                     if other not in base.names:
@@ -288,7 +289,7 @@ def _write_weights(fold: Fold, writer: ShardWriter, dtype: torch.dtype) -> bool:
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A tensor in the dtype of the merged model, if it is one of floating-point numbers.
+    """A tensor in its dtype of the merged model, if it is one of floating-point numbers.
 
     Raises:
         ValueError: If a number is too large for it.

@@ -359,6 +359,26 @@ def test_experts_that_are_put_together_while_loading_are_carried_over(family, to
     assert error(logits(model), logits(policy)) <= 1e-4
 
 
+def correction_bias(model):
+    return next(buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
+
+
+@pytest.mark.parametrize("into", ["quantized", "original"])
+def test_what_is_kept_in_fp32_is_not_rounded(into, tokenizer, tmp_path):
+    """A router's correction bias: its third decimal decides which experts are chosen, and bf16 has two."""
+    model = build_tiny("deepseek_v3")
+    correction_bias(model).copy_(4 + 0.001 * torch.arange(4))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    _, adapter = trained(
+        str(tmp_path / "base"), tmp_path / "adapter", lora(target_modules=["o_proj"]), dtype=torch.bfloat16
+    )
+    merge_adapter(adapter, str(tmp_path / "out"), into=into)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert found.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert torch.equal(correction_bias(found), correction_bias(model))
+
+
 def test_everything_a_converter_needs_is_in_the_folder(bases, adapter, tmp_path):
     merge_adapter(adapter, str(tmp_path / "out"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
