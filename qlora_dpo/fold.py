@@ -32,16 +32,17 @@ from qlora_dpo.paths import local_adapter
 from qlora_dpo.shards import Checkpoint
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal LM of a config without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 class BaseWeights:
     """The weights of a base, in the arithmetic that the adapter was trained on or as they are stored.
 
     Attributes:
+        model: The model without its weights.
         names: Every parameter of the model that has a tensor of its own in the files, with that tensor's name.
         tied: Every parameter that is one and the same with others, with those.
     """
@@ -49,13 +50,15 @@ class BaseWeights:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: PreTrainedConfig,
+        model: PreTrainedModel,
         quantization: BitsAndBytesConfig | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """With a quantisation or a dtype, the weights as they were loaded with it; without, as they are stored."""
-        model = skeleton(config)
-        self.checkpoint, self.dtype, self._model = checkpoint, dtype, model
+        """With a quantisation or a dtype, the weights as they were loaded with it; without, as they are stored.
+
+        The model is a skeleton for this object alone.
+        """
+        self.checkpoint, self.dtype, self.model = checkpoint, dtype, model
         self.names = _parameter_names(checkpoint.names(), model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
         self.tied = _tied(model)
@@ -89,7 +92,7 @@ class BaseWeights:
 
     def loaded_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What a tensor is in if its model is loaded in a dtype: transformers keeps some (routers' biases) in fp32."""
-        plan = self._model._get_dtype_plan(dtype)
+        plan = self.model._get_dtype_plan(dtype)
         return torch.float32 if plan and build_glob_alternation(list(plan))[0].search(name) else dtype
 
     def _turned(self, weight: Tensor, path: str) -> Tensor:
@@ -158,8 +161,8 @@ def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
 class Fold:
     """Adapters over a base whose weights come and go."""
 
-    def __init__(self, base: BaseWeights, config: PreTrainedConfig, adapters: Sequence[str]) -> None:
-        """Load the adapters, lowest first, on a skeleton.
+    def __init__(self, base: BaseWeights, model: PreTrainedModel, adapters: Sequence[str]) -> None:
+        """Load the adapters, lowest first, on a skeleton of their own.
 
         Raises:
             NotImplementedError: If they cannot be folded into weights.
@@ -168,7 +171,7 @@ class Fold:
         for adapter in adapters:
             _require_foldable(adapter)
         self.base = base
-        policy = _policy_skeleton(config, adapters)
+        policy = _policy_skeleton(model, adapters)
         self._adapters = list(policy.peft_config)
         self._biases = {
             name: value.float()
@@ -244,14 +247,14 @@ class Fold:
         return found
 
 
-def _policy_skeleton(config: PreTrainedConfig, adapters: Sequence[str]) -> PeftModel:
+def _policy_skeleton(model: PreTrainedModel, adapters: Sequence[str]) -> PeftModel:
     """Adapters with their weights, in fp32, on a base without any."""
     configs = {f"folded_{number}": PeftConfig.from_pretrained(local_adapter(a)) for number, a in enumerate(adapters)}
     names = list(configs)
     with warnings.catch_warnings():
         # PEFT's remarks on options of the saved config, which training has made already
         warnings.simplefilter("ignore", UserWarning)
-        policy = PeftModel(skeleton(config), configs[names[0]], names[0], low_cpu_mem_usage=True)
+        policy = PeftModel(model, configs[names[0]], names[0], low_cpu_mem_usage=True)
         for name in names[1:]:
             policy.add_adapter(name, configs[name], low_cpu_mem_usage=True)
         for name, adapter in zip(names, adapters, strict=True):

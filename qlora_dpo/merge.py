@@ -14,10 +14,11 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from torch import Tensor
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 
 from qlora_dpo.compare import MergeDifference, compared, scored_as_trained
-from qlora_dpo.fold import BaseWeights, Fold
+from qlora_dpo.fold import BaseWeights, Fold, skeleton
 from qlora_dpo.model import adapters_below, load_tokenizer
 from qlora_dpo.paths import TOKENIZER_FILES, check_path, local_adapter, split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter
@@ -104,6 +105,7 @@ def merge_adapter(
     max_shard_size: str | int = "2GB",
     sample_rows: Dataset | Iterable[Mapping[str, Any]] | None = None,
     reference: str | None = None,
+    trust_remote_code: bool = False,
 ) -> MergeReport:
     """Merge a saved adapter, and what it was trained on top of, into a model of its own.
 
@@ -124,6 +126,7 @@ def merge_adapter(
         max_shard_size: Largest file, such as `2GB`.
         sample_rows: Preference rows in any form that training accepts, to measure the difference on; a few are enough.
         reference: What the rewards on them are relative to, as in `load_scorer`; None for the recorded one.
+        trust_remote_code: Whether to run Python code that the base ships, which then lies beside the merged model too.
 
     Returns:
         The report, which is also written to `merge.json`.
@@ -137,7 +140,7 @@ def merge_adapter(
     _require_one_of("dtype", dtype, DTYPES)
     size = size_in_bytes(max_shard_size)
     _require_free(Path(output_dir))
-    job = _job(adapter, base, into, dtype)
+    job = _job(adapter, base, into, dtype, trust_remote_code)
     if sample_rows is None:
         report = _written(job, Path(output_dir), size)
     else:
@@ -176,6 +179,7 @@ class _Job:
         dtype: Dtype of the merged weights, by name.
         config: The base's config, without quantisation.
         stored_in_4bit: Whether the base is in 4 bit on disk.
+        trust_remote_code: Whether to run Python code that the base ships.
     """
 
     adapter: str
@@ -187,6 +191,7 @@ class _Job:
     dtype: str
     config: PreTrainedConfig
     stored_in_4bit: bool
+    trust_remote_code: bool
 
     @property
     def quantization(self) -> BitsAndBytesConfig | None:
@@ -194,7 +199,7 @@ class _Job:
         return BitsAndBytesConfig.from_dict(dict(self.record.quantization)) if self.record.quantization else None
 
 
-def _job(adapter: str, base: str | None, into: str, dtype: str) -> _Job:
+def _job(adapter: str, base: str | None, into: str, dtype: str, trust_remote_code: bool) -> _Job:
     """Read what the folders say, and refuse what cannot be merged."""
     adapter = check_path(adapter, "adapter")
     record = read_record(adapter)
@@ -202,7 +207,7 @@ def _job(adapter: str, base: str | None, into: str, dtype: str) -> _Job:
     source, revision = split_revision(base or record.base, "base model")
     if base is None:
         revision = record.base_revision
-    config = AutoConfig.from_pretrained(source, revision=revision or "main")
+    config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
     stored = _without_quantization(config)
     method = stored and stored.get("quant_method", "bitsandbytes")
     if method not in (None, "bitsandbytes"):
@@ -217,7 +222,18 @@ def _job(adapter: str, base: str | None, into: str, dtype: str) -> _Job:
         )
     if record.quantization is None:
         into = "original"  # which is what was trained on
-    job = _Job(adapter, [*adapters_below(top), top], source, revision, record, into, dtype, config, stored is not None)
+    job = _Job(
+        adapter=adapter,
+        adapters=[*adapters_below(top), top],
+        base=source,
+        revision=revision,
+        record=record,
+        into=into,
+        dtype=dtype,
+        config=config,
+        stored_in_4bit=stored is not None,
+        trust_remote_code=trust_remote_code,
+    )
     for one in job.adapters:
         PeftConfig.from_pretrained(local_adapter(one))  # which says so if it is not there
     return job
@@ -241,16 +257,17 @@ def _written(job: _Job, folder: Path, max_bytes: int) -> MergeReport:
     checkpoint = open_checkpoint(job.base, job.revision)
     trained = job.into == "quantized"
     options = {"quantization": job.quantization, "dtype": getattr(torch, job.record.dtype)} if trained else {}
-    fold = Fold(BaseWeights(checkpoint, job.config, **options), job.config, job.adapters)
+    base = BaseWeights(checkpoint, skeleton(job.config, job.trust_remote_code), **options)
+    fold = Fold(base, skeleton(job.config, job.trust_remote_code), job.adapters)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED_NAME).write_text(f"{job.adapter} into {job.base} ({job.into}, {job.dtype})\n")
     for left in weight_files(folder):
         left.unlink()
-    names = [*checkpoint.names(), *fold.base.shapes]  # some of the model's own, if tied weights part
+    names = [*checkpoint.names(), *base.shapes]  # some of the model's own, if tied weights part
     writer = ShardWriter(folder, max_bytes, names)
     untied = _write_weights(fold, writer, getattr(torch, job.dtype))
     shards = writer.close()
-    _write_config(job, folder, untied)
+    _write_config(job, folder, untied, base.model)
     _write_tokenizer(job, folder)
     (folder / UNFINISHED_NAME).unlink()
     return MergeReport(
@@ -302,13 +319,15 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return rounded
 
 
-def _write_config(job: _Job, folder: Path, untied: bool) -> None:
-    """The config, without quantisation, and the generation config if the base has one."""
+def _write_config(job: _Job, folder: Path, untied: bool, model: PreTrainedModel) -> None:
+    """The config, without quantisation, the code that it names, and the generation config, if the base has them."""
     config = copy.deepcopy(job.config)
     for part in (config, config.get_text_config()):
         part.dtype = getattr(torch, job.dtype)
         if untied:
             part.tie_word_embeddings = False
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     try:
         GenerationConfig.from_pretrained(job.base, revision=job.revision or "main").save_pretrained(folder)
@@ -343,7 +362,8 @@ def _has_own_tokenizer(job: _Job, base_files: Container[str], own_files: Iterabl
         return False
     if "tokenizer_config.json" not in base_files:
         return True
-    own, base = load_tokenizer(job.adapter), load_tokenizer(job.base, revision=job.revision or "main")
+    trust = {"trust_remote_code": job.trust_remote_code}
+    own, base = load_tokenizer(job.adapter, **trust), load_tokenizer(job.base, revision=job.revision or "main", **trust)
     return own.get_vocab() != base.get_vocab() or own.chat_template != base.chat_template
 
 
@@ -352,14 +372,16 @@ def _has_own_tokenizer(job: _Job, base_files: Container[str], own_files: Iterabl
 
 def _measured(job: _Job, folder: Path, max_bytes: int, rows: Dataset, reference: str | None) -> MergeReport:
     """Write the merged model, and compare it and the other choice with base and adapter."""
-    sample, before = scored_as_trained(job.adapter, rows, reference, base=job.base, revision=job.revision or "main")
+    trust = {"trust_remote_code": job.trust_remote_code}
+    options = {"base": job.base, "revision": job.revision or "main"} | trust
+    sample, before = scored_as_trained(job.adapter, rows, reference, **options)
     report = _written(job, folder, max_bytes)
-    found = {job.into: compared(sample, folder, job.dtype, before)}
+    found = {job.into: compared(sample, folder, job.dtype, before, **trust)}
     other = next(into for into in INTO if into != job.into)
     if job.record.quantization is not None and not (other == "original" and job.stored_in_4bit):
         with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".merge-") as beside:
             _written(replace(job, into=other), Path(beside), max_bytes)
-            found[other] = compared(sample, Path(beside), job.dtype, before)
+            found[other] = compared(sample, Path(beside), job.dtype, before, **trust)
     return replace(
         report,
         pairs=len(before.margins),
