@@ -15,9 +15,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
+from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora_dpo.measures import Estimate, PreferenceReport
+from qlora_dpo.model import bits, default_quantization
 from qlora_dpo.paths import split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter, weights_hash
 from qlora_dpo.report import PICTURES, STATE_NAME, curve_charts, picture_name, target_names, write_pictures
@@ -28,6 +30,13 @@ MARK = (
 )
 FEWEST_STEPS = 3
 """Logged steps that make a curve."""
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `--max-lora-rank` takes, whichever version it is."""
+_NOT_SERVED = (
+    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"),
+    *("trainable_token_indices", "target_parameters"),
+)
+"""What vLLM refuses in an adapter's config, or does not read and would compute otherwise."""
 _PEFT_DRAFT = "# Model Card for Model ID"
 _REFERENCES = {
     "base": "the base model, with its adapters disabled",
@@ -267,25 +276,17 @@ def _introduction(record: AdapterRecord, lora: Mapping[str, Any]) -> str:
 def _loading(record: AdapterRecord, lora: Mapping[str, Any], adapter: str) -> str:
     base = shown(record.base)
     revision = f", revision={record.base_revision!r}" if record.base_revision else ""
+    quantised, needed = _quantised_alike(record)
     own = f"""\
 On the base as it was quantised in training:
 
 ```python
-from qlora_dpo import load_policy
+{needed}from qlora_dpo import load_policy
 
-policy = load_policy({base!r}, adapter={adapter!r}{revision})
+policy = load_policy({base!r}, adapter={adapter!r}{revision}{quantised})
 ```"""
     if record.stacked_on:
         return own + "\n\nThe frozen adapter below it is loaded with it; PEFT alone would leave that one out."
-    rank = int(lora.get("r") or 0)
-    plain = lora.get("peft_type") == "LORA" and not lora.get("use_dora") and not lora.get("modules_to_save")
-    serve = f"""
-
-Served by vLLM, on the base in 16 bit:
-
-```bash
-vllm serve {base} --enable-lora --max-lora-rank {max(rank, 8)} --lora-modules {adapter.split("/")[-1]}={adapter}
-```"""
     return (
         own
         + f"""
@@ -301,8 +302,35 @@ model = PeftModel.from_pretrained(base, {adapter!r})
 ```
 
 Merged into a 16-bit model: `qlora-dpo merge` (see `qlora-dpo merge --help`)."""
-        + (serve if plain and lora.get("bias", "none") == "none" else "")
+        + _serving(base, lora, adapter)
     )
+
+
+def _quantised_alike(record: AdapterRecord) -> tuple[str, str]:
+    """What makes `load_policy` quantise as in training, and its import; nothing where the defaults do."""
+    found = record.quantization or {}
+    if bits(found) == bits(default_quantization().to_dict()):
+        return "", ""
+    if not (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        return ", quantize=False", ""
+    options = BitsAndBytesConfig.from_dict(dict(found)).to_diff_dict()
+    words = ", ".join(f"{name}={value!r}" for name, value in options.items() if not name.startswith("_"))
+    return f", quantization_config=BitsAndBytesConfig({words})", "from transformers import BitsAndBytesConfig\n\n"
+
+
+def _serving(base: str, lora: Mapping[str, Any], adapter: str) -> str:
+    """How vLLM serves the adapter, if it can."""
+    rank = next((rank for rank in _VLLM_RANKS if rank >= int(lora.get("r") or 0)), None)
+    plain = lora.get("peft_type") == "LORA" and lora.get("bias", "none") == "none"
+    if rank is None or not plain or any(lora.get(name) for name in _NOT_SERVED):
+        return ""
+    return f"""
+
+Served by vLLM, on the base in 16 bit:
+
+```bash
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {adapter.split("/")[-1]}={adapter}
+```"""
 
 
 def _evaluation(judged: Sequence[Judged]) -> str:
@@ -350,7 +378,7 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _training(record: AdapterRecord, lora: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    targets = ", ".join(f"`{name}`" for name in target_names(lora))
+    targets = ", ".join(f"`{name}`" for name in target_names(lora)).replace("|", r"\|")  # a pattern may have some
     switches = [name for name in ("use_dora", "use_rslora") if lora.get(name)]
     shape = f"rank {lora.get('r')}, alpha {lora.get('lora_alpha')}, dropout {lora.get('lora_dropout')}, on {targets}"
     rows: dict[str, Any] = {

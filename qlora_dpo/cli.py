@@ -272,9 +272,8 @@ def evaluate(words: Sequence[str]) -> None:
         revision=record.base_revision or "main",
         trust_remote_code=args.trust_remote_code,
     )
-    trainer = QLoRADPOTrainer(
-        model=policy, args=args, eval_dataset=rows, processing_class=load_tokenizer(chosen.adapter)
-    )
+    tokenizer = load_tokenizer(chosen.adapter, trust_remote_code=args.trust_remote_code)
+    trainer = QLoRADPOTrainer(model=policy, args=args, eval_dataset=rows, processing_class=tokenizer)
     trainer.step.bco_delta.total, trainer.step.bco_delta.count = record.bco_delta, 1
     warn_of_reference(record, trainer.reference)
     metrics: dict[str, Any] = dict(trainer.evaluate())
@@ -307,14 +306,13 @@ class ScoreArguments:
     min_margin: float | None = field(
         default=None, metadata={"help": "Drop rows of chosen and rejected whose margin is below it."}
     )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a model repository ships."})
 
 
 def score(words: Sequence[str]) -> None:
     """Score completions with an adapter: `qlora-dpo score --adapter DIR --source in.jsonl --target out.jsonl`."""
     (chosen,) = parse((ScoreArguments,), words, "qlora-dpo score")
-    count = score_file(
-        chosen.adapter, chosen.source, chosen.target, chosen.batch_size, chosen.reference, chosen.min_margin
-    )
+    count = score_file(**vars(chosen))
     print(f"{count} rows scored into {chosen.target}")
 
 
@@ -382,7 +380,7 @@ def push(words: Sequence[str]) -> None:
 class MergeArguments:
     """What to merge."""
 
-    adapter: str = field(metadata={"help": "Folder of a saved adapter with its qlora_dpo.json."})
+    adapter: str = field(metadata={"help": "Folder or Hub id of a saved adapter with its qlora_dpo.json."})
     output_dir: str = field(metadata={"help": "Folder to write, new or empty; an unfinished merge is begun again."})
     into: str = field(
         default="quantized",
@@ -398,6 +396,7 @@ class MergeArguments:
     dataset_test_split: str = field(default="train", metadata={"help": "Split to take the rows from."})
     num_rows: int = field(default=16, metadata={"help": "Rows to measure on, the first of the split."})
     reference: str | None = field(default=None, metadata={"help": "base, none, or a path or id. Default: as recorded."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a model repository ships."})
     json: bool = field(default=False, metadata={"help": "Print the report as JSON."})
 
 
@@ -410,7 +409,7 @@ def merge(words: Sequence[str]) -> None:
     if chosen.dataset_name is not None:
         rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
         rows = rows.select(range(min(chosen.num_rows, len(rows))))
-    names = ("base", "into", "dtype", "max_shard_size", "reference")
+    names = ("base", "into", "dtype", "max_shard_size", "reference", "trust_remote_code")
     options = {name: getattr(chosen, name) for name in names}
     found = merge_adapter(chosen.adapter, chosen.output_dir, sample_rows=rows, **options)
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)

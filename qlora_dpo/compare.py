@@ -109,11 +109,12 @@ def _groups(rows: Dataset, tokenizer: PreTrainedTokenizerBase, record: AdapterRe
     return [Group(row["prompt_ids"], row["completion_ids"], [(w, l) for w, l in row["pairs"]]) for row in found]
 
 
-def compared(sample: Sample, folder: Path, dtype: str, before: Scores) -> MergeDifference:
+def compared(sample: Sample, folder: Path, dtype: str, before: Scores, **model_kwargs: Any) -> MergeDifference:
     """A merged model as transformers loads it beside base and adapter."""
     gc.collect()  # the model before this one
     device = _roomiest(sum(path.stat().st_size for path in weight_files(folder)))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map={"": device})
+    options = {"dtype": getattr(torch, dtype), "device_map": {"": device}} | model_kwargs
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.eval()
     install_scoring(model)
     after = sample.scores(model, device)

@@ -17,25 +17,32 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_dpo.adapters import adapter_weights, base_weights, require_token_adapter
 from qlora_dpo.model import require_all_weights, require_intact_base
+from qlora_dpo.paths import local_adapter
 from qlora_dpo.shards import Checkpoint
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal LM of a config without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 class BaseWeights:
     """The weights of a base, in the arithmetic that the adapter was trained on or as they are stored.
 
     Attributes:
+        model: The model without its weights.
         names: Every parameter of the model that has a tensor of its own in the files, with that tensor's name.
         tied: Every parameter that is one and the same with others, with those.
     """
@@ -43,13 +50,15 @@ class BaseWeights:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: PreTrainedConfig,
+        model: PreTrainedModel,
         quantization: BitsAndBytesConfig | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """With a quantisation or a dtype, the weights as they were loaded with it; without, as they are stored."""
-        model = skeleton(config)
-        self.checkpoint, self.dtype = checkpoint, dtype
+        """With a quantisation or a dtype, the weights as they were loaded with it; without, as they are stored.
+
+        The model is a skeleton for this object alone.
+        """
+        self.checkpoint, self.dtype, self.model = checkpoint, dtype, model
         self.names = _parameter_names(checkpoint.names(), model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
         self.tied = _tied(model)
@@ -76,10 +85,15 @@ class BaseWeights:
         stored = self.checkpoint.tensor(source)
         if self.dtype is None or not stored.is_floating_point():
             return stored
-        loaded = stored.to(self.dtype)
+        loaded = stored.to(self.loaded_dtype(name, self.dtype))
         if path not in self._layers or leaf != "weight":
             return loaded
         return self._turned(_quantized_and_back(self._turned(loaded, path), self._layers[path]), path)
+
+    def loaded_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor is in if its model is loaded in a dtype: transformers keeps some (routers' biases) in fp32."""
+        plan = self.model._get_dtype_plan(dtype)
+        return torch.float32 if plan and build_glob_alternation(list(plan))[0].search(name) else dtype
 
     def _turned(self, weight: Tensor, path: str) -> Tensor:
         """Between `(in, out)`, as GPT-2's layers are stored, and `(out, in)`, as bitsandbytes takes them."""
@@ -147,8 +161,8 @@ def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
 class Fold:
     """Adapters over a base whose weights come and go."""
 
-    def __init__(self, base: BaseWeights, config: PreTrainedConfig, adapters: Sequence[str]) -> None:
-        """Load the adapters, lowest first, on a skeleton.
+    def __init__(self, base: BaseWeights, model: PreTrainedModel, adapters: Sequence[str]) -> None:
+        """Load the adapters, lowest first, on a skeleton of their own.
 
         Raises:
             NotImplementedError: If they cannot be folded into weights.
@@ -157,7 +171,7 @@ class Fold:
         for adapter in adapters:
             _require_foldable(adapter)
         self.base = base
-        policy = _policy_skeleton(config, adapters)
+        policy = _policy_skeleton(model, adapters)
         self._adapters = list(policy.peft_config)
         self._biases = {
             name: value.float()
@@ -233,14 +247,14 @@ class Fold:
         return found
 
 
-def _policy_skeleton(config: PreTrainedConfig, adapters: Sequence[str]) -> PeftModel:
+def _policy_skeleton(model: PreTrainedModel, adapters: Sequence[str]) -> PeftModel:
     """Adapters with their weights, in fp32, on a base without any."""
-    configs = {f"folded_{number}": PeftConfig.from_pretrained(adapter) for number, adapter in enumerate(adapters)}
+    configs = {f"folded_{number}": PeftConfig.from_pretrained(local_adapter(a)) for number, a in enumerate(adapters)}
     names = list(configs)
     with warnings.catch_warnings():
         # PEFT's remarks on options of the saved config, which training has made already
         warnings.simplefilter("ignore", UserWarning)
-        policy = PeftModel(skeleton(config), configs[names[0]], names[0], low_cpu_mem_usage=True)
+        policy = PeftModel(model, configs[names[0]], names[0], low_cpu_mem_usage=True)
         for name in names[1:]:
             policy.add_adapter(name, configs[name], low_cpu_mem_usage=True)
         for name, adapter in zip(names, adapters, strict=True):
@@ -296,7 +310,7 @@ def _require_foldable(adapter: str) -> None:
         NotImplementedError: For prompt learning, activated LoRA, AdaLoRA and adapters on bare parameters.
         ValueError: If loading the adapter would change the base.
     """
-    config = PeftConfig.from_pretrained(adapter)
+    config = PeftConfig.from_pretrained(local_adapter(adapter))
     require_token_adapter(config)
     require_intact_base(adapter)
     if getattr(config, "target_parameters", None):

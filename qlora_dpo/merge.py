@@ -4,22 +4,23 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from torch import Tensor
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 
 from qlora_dpo.compare import MergeDifference, compared, scored_as_trained
-from qlora_dpo.fold import BaseWeights, Fold
+from qlora_dpo.fold import BaseWeights, Fold, skeleton
 from qlora_dpo.model import adapters_below, load_tokenizer
-from qlora_dpo.paths import check_path
+from qlora_dpo.paths import TOKENIZER_FILES, check_path, local_adapter, split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter
 from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes, weight_files
 
@@ -28,16 +29,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 REPORT_NAME = "merge.json"
 UNFINISHED_NAME = "merge.unfinished"
 """Lies in a folder from the first byte that is written to the last."""
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+_CARRIED_FILES = (*TOKENIZER_FILES, "chat_template.json", "*processor_config.json")
+"""Files that a model is served with besides its weights and config: of its tokenizer, and of what reads images."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +105,7 @@ def merge_adapter(
     max_shard_size: str | int = "2GB",
     sample_rows: Dataset | Iterable[Mapping[str, Any]] | None = None,
     reference: str | None = None,
+    trust_remote_code: bool = False,
 ) -> MergeReport:
     """Merge a saved adapter, and what it was trained on top of, into a model of its own.
 
@@ -122,15 +116,17 @@ def merge_adapter(
     `output_dir` for a second one.
 
     Args:
-        adapter: Folder of a saved adapter with its `qlora_dpo.json`.
+        adapter: Folder or Hub id, perhaps as `id@revision`, of a saved adapter with its `qlora_dpo.json`.
         output_dir: Folder to write, new or empty; one that a merge left unfinished is begun again.
-        base: Hub id or folder to take in place of the recorded base, for one that has moved.
+        base: The same of a model to take in place of the recorded base, for one that has moved.
         into: `quantized`: the base as it was trained on, quantised and dequantised. `original`: the base as it is
             stored, which the adapter never saw.
-        dtype: `bfloat16`, `float16` or `float32`; sums are made in fp32 and rounded to it once.
+        dtype: `bfloat16`, `float16` or `float32`; sums are made in fp32 and rounded to it once. What transformers keeps
+            in fp32 is written in fp32.
         max_shard_size: Largest file, such as `2GB`.
         sample_rows: Preference rows in any form that training accepts, to measure the difference on; a few are enough.
         reference: What the rewards on them are relative to, as in `load_scorer`; None for the recorded one.
+        trust_remote_code: Whether to run Python code that the base ships, which then lies beside the merged model too.
 
     Returns:
         The report, which is also written to `merge.json`.
@@ -144,7 +140,7 @@ def merge_adapter(
     _require_one_of("dtype", dtype, DTYPES)
     size = size_in_bytes(max_shard_size)
     _require_free(Path(output_dir))
-    job = _job(adapter, base, into, dtype)
+    job = _job(adapter, base, into, dtype, trust_remote_code)
     if sample_rows is None:
         report = _written(job, Path(output_dir), size)
     else:
@@ -174,7 +170,7 @@ class _Job:
     """What is merged into what.
 
     Attributes:
-        adapter: The folder that was named.
+        adapter: The folder or id that was named.
         adapters: It and what lies below it, lowest first.
         base: Hub id or folder of the base.
         revision: Its revision.
@@ -183,6 +179,7 @@ class _Job:
         dtype: Dtype of the merged weights, by name.
         config: The base's config, without quantisation.
         stored_in_4bit: Whether the base is in 4 bit on disk.
+        trust_remote_code: Whether to run Python code that the base ships.
     """
 
     adapter: str
@@ -194,6 +191,7 @@ class _Job:
     dtype: str
     config: PreTrainedConfig
     stored_in_4bit: bool
+    trust_remote_code: bool
 
     @property
     def quantization(self) -> BitsAndBytesConfig | None:
@@ -201,14 +199,15 @@ class _Job:
         return BitsAndBytesConfig.from_dict(dict(self.record.quantization)) if self.record.quantization else None
 
 
-def _job(adapter: str, base: str | None, into: str, dtype: str) -> _Job:
+def _job(adapter: str, base: str | None, into: str, dtype: str, trust_remote_code: bool) -> _Job:
     """Read what the folders say, and refuse what cannot be merged."""
     adapter = check_path(adapter, "adapter")
     record = read_record(adapter)
     top = saved_adapter(adapter)
-    source = check_path(base or record.base, "base model")
-    revision = None if base is not None else record.base_revision
-    config = AutoConfig.from_pretrained(source, revision=revision or "main")
+    source, revision = split_revision(base or record.base, "base model")
+    if base is None:
+        revision = record.base_revision
+    config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
     stored = _without_quantization(config)
     method = stored and stored.get("quant_method", "bitsandbytes")
     if method not in (None, "bitsandbytes"):
@@ -223,9 +222,20 @@ def _job(adapter: str, base: str | None, into: str, dtype: str) -> _Job:
         )
     if record.quantization is None:
         into = "original"  # which is what was trained on
-    job = _Job(adapter, [*adapters_below(top), top], source, revision, record, into, dtype, config, stored is not None)
+    job = _Job(
+        adapter=adapter,
+        adapters=[*adapters_below(top), top],
+        base=source,
+        revision=revision,
+        record=record,
+        into=into,
+        dtype=dtype,
+        config=config,
+        stored_in_4bit=stored is not None,
+        trust_remote_code=trust_remote_code,
+    )
     for one in job.adapters:
-        PeftConfig.from_pretrained(one)  # which says so if it is not there
+        PeftConfig.from_pretrained(local_adapter(one))  # which says so if it is not there
     return job
 
 
@@ -247,16 +257,17 @@ def _written(job: _Job, folder: Path, max_bytes: int) -> MergeReport:
     checkpoint = open_checkpoint(job.base, job.revision)
     trained = job.into == "quantized"
     options = {"quantization": job.quantization, "dtype": getattr(torch, job.record.dtype)} if trained else {}
-    fold = Fold(BaseWeights(checkpoint, job.config, **options), job.config, job.adapters)
+    base = BaseWeights(checkpoint, skeleton(job.config, job.trust_remote_code), **options)
+    fold = Fold(base, skeleton(job.config, job.trust_remote_code), job.adapters)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED_NAME).write_text(f"{job.adapter} into {job.base} ({job.into}, {job.dtype})\n")
     for left in weight_files(folder):
         left.unlink()
-    names = [*checkpoint.names(), *fold.base.shapes]  # some of the model's own, if tied weights part
+    names = [*checkpoint.names(), *base.shapes]  # some of the model's own, if tied weights part
     writer = ShardWriter(folder, max_bytes, names)
     untied = _write_weights(fold, writer, getattr(torch, job.dtype))
     shards = writer.close()
-    _write_config(job, folder, untied)
+    _write_config(job, folder, untied, base.model)
     _write_tokenizer(job, folder)
     (folder / UNFINISHED_NAME).unlink()
     return MergeReport(
@@ -279,13 +290,13 @@ def _write_weights(fold: Fold, writer: ShardWriter, dtype: torch.dtype) -> bool:
     for key in base.checkpoint.names():
         name = parameters.get(key)
         if name is None:  # a part of what the model puts together while it loads
-            writer.add(key, _rounded(base.checkpoint.tensor(key), dtype, key))
+            writer.add(key, _rounded(base.checkpoint.tensor(key), base.loaded_dtype(key, dtype), key))
             continue
-        value = _rounded(fold.value(name), dtype, key)
+        value = _rounded(fold.value(name), base.loaded_dtype(name, dtype), key)
         writer.add(key, value)
         for other in base.tied.get(name, ()):
             if fold.changes(name) or fold.changes(other):
-                twin = _rounded(fold.value(other), dtype, other)
+                twin = _rounded(fold.value(other), base.loaded_dtype(other, dtype), other)
                 if not torch.equal(value, twin):
                     untied = True
                     if other not in base.names:
@@ -295,7 +306,7 @@ def _write_weights(fold: Fold, writer: ShardWriter, dtype: torch.dtype) -> bool:
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A tensor in the dtype of the merged model, if it is one of floating-point numbers.
+    """A tensor in its dtype of the merged model, if it is one of floating-point numbers.
 
     Raises:
         ValueError: If a number is too large for it.
@@ -308,13 +319,15 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return rounded
 
 
-def _write_config(job: _Job, folder: Path, untied: bool) -> None:
-    """The config, without quantisation, and the generation config if the base has one."""
+def _write_config(job: _Job, folder: Path, untied: bool, model: PreTrainedModel) -> None:
+    """The config, without quantisation, the code that it names, and the generation config, if the base has them."""
     config = copy.deepcopy(job.config)
     for part in (config, config.get_text_config()):
         part.dtype = getattr(torch, job.dtype)
         if untied:
             part.tie_word_embeddings = False
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     try:
         GenerationConfig.from_pretrained(job.base, revision=job.revision or "main").save_pretrained(folder)
@@ -327,35 +340,31 @@ def _write_tokenizer(job: _Job, folder: Path) -> None:
 
     Files of the base are the ones that other programs have been tried with; saving them again would change them.
     """
-    sources = _tokenizer_sources(job)
-    for source in sources:
-        for name in _TOKENIZER_FILES if source is sources[0] else ("tokenizer.model",):
-            found = _file_of(source, name, job.revision if source == job.base else None)
-            if found is not None and not (folder / name).exists():
-                shutil.copyfile(found, folder / name)
+    files, own = _carried_files(job.base, job.revision), _carried_files(local_adapter(job.adapter))
+    if _has_own_tokenizer(job, files, own):
+        unsaved = (".model", "processor_config.json")  # which saving a tokenizer leaves out
+        files = {name: path for name, path in files.items() if name.endswith(unsaved)} | own
+    for name, path in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
 
 
-def _tokenizer_sources(job: _Job) -> list[str]:
-    """Where the tokenizer's files are taken from, the best place first."""
-    if not any(Path(job.adapter).glob("tokenizer*")):
-        return [job.base]
-    if _file_of(job.base, "tokenizer_config.json", job.revision) is None:
-        return [job.adapter]
-    own, base = load_tokenizer(job.adapter), load_tokenizer(job.base, revision=job.revision or "main")
-    same = own.get_vocab() == base.get_vocab() and own.chat_template == base.chat_template
-    return [job.base] if same else [job.adapter, job.base]
+def _carried_files(source: str, revision: str | None = None) -> dict[str, Path]:
+    """The files beside the weights, of a folder or a Hub id, by their place there."""
+    wanted = list(_CARRIED_FILES)
+    where = source if Path(source).is_dir() else snapshot_download(source, revision=revision, allow_patterns=wanted)
+    return {path.relative_to(where).as_posix(): path for pattern in wanted for path in Path(where).glob(pattern)}
 
 
-def _file_of(source: str, name: str, revision: str | None) -> str | None:
-    """The path of a file in a folder or of a Hub id, if it is there."""
-    return cached_file(
-        source,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+def _has_own_tokenizer(job: _Job, base_files: Container[str], own_files: Iterable[str]) -> bool:
+    """Whether the adapter has another tokenizer than the base."""
+    if not any(name.startswith("tokenizer") for name in own_files):
+        return False
+    if "tokenizer_config.json" not in base_files:
+        return True
+    trust = {"trust_remote_code": job.trust_remote_code}
+    own, base = load_tokenizer(job.adapter, **trust), load_tokenizer(job.base, revision=job.revision or "main", **trust)
+    return own.get_vocab() != base.get_vocab() or own.chat_template != base.chat_template
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -363,14 +372,16 @@ def _file_of(source: str, name: str, revision: str | None) -> str | None:
 
 def _measured(job: _Job, folder: Path, max_bytes: int, rows: Dataset, reference: str | None) -> MergeReport:
     """Write the merged model, and compare it and the other choice with base and adapter."""
-    sample, before = scored_as_trained(job.adapter, rows, reference, base=job.base, revision=job.revision or "main")
+    trust = {"trust_remote_code": job.trust_remote_code}
+    options = {"base": job.base, "revision": job.revision or "main"} | trust
+    sample, before = scored_as_trained(job.adapter, rows, reference, **options)
     report = _written(job, folder, max_bytes)
-    found = {job.into: compared(sample, folder, job.dtype, before)}
+    found = {job.into: compared(sample, folder, job.dtype, before, **trust)}
     other = next(into for into in INTO if into != job.into)
     if job.record.quantization is not None and not (other == "original" and job.stored_in_4bit):
         with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".merge-") as beside:
             _written(replace(job, into=other), Path(beside), max_bytes)
-            found[other] = compared(sample, Path(beside), job.dtype, before)
+            found[other] = compared(sample, Path(beside), job.dtype, before, **trust)
     return replace(
         report,
         pairs=len(before.margins),

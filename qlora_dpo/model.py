@@ -288,7 +288,7 @@ def warn_of_another_quantization(adapter: str, base: PreTrainedModel, token: str
     then = json.loads(path.read_text()).get("quantization") or {}
     config = getattr(base.config, "quantization_config", None)
     now = {} if config is None else config if isinstance(config, dict) else config.to_dict()
-    was, found = (_bits(options) for options in (then, now))
+    was, found = (bits(options) for options in (then, now))
     if was != found:
         warnings.warn(
             f"The adapter {adapter} must be on its base as it was trained, {was}, to go on exactly, got {found}. Set "
@@ -297,10 +297,10 @@ def warn_of_another_quantization(adapter: str, base: PreTrainedModel, token: str
         )
 
 
-def _bits(quantization: dict[str, Any]) -> str:
+def bits(quantization: dict[str, Any]) -> str:
     """How a quantisation rounds weights, in words.
 
-    >>> _bits({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})
+    >>> bits({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})
     'in 4 bit (nf4, double)'
     """
     if quantization.get("load_in_4bit"):

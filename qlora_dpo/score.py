@@ -256,6 +256,7 @@ def score_file(
     batch_size: int = 8,
     reference: str | None = None,
     min_margin: float | None = None,
+    **model_kwargs: Any,
 ) -> int:
     """Score a .jsonl file into another; started again after a kill, it goes on behind the rows that are done.
 
@@ -269,6 +270,7 @@ def score_file(
         batch_size: Rows in a forward.
         reference: As in `load_scorer`.
         min_margin: Leave out rows whose margin is below; those that have none (completions, errors) stay.
+        **model_kwargs: As in `load_scorer`.
 
     Returns:
         Rows that were scored now.
@@ -294,7 +296,7 @@ def score_file(
         total = max((number for number, line in enumerate(file, 1) if line.strip()), default=0)
     if done >= total:
         return 0
-    scorer, scored = load_scorer(adapter, reference), 0
+    scorer, scored = load_scorer(adapter, reference, **model_kwargs), 0
     numbers: list[int] = []
     rows = _rows_behind(source, done, numbers)
     with Path(target).open("ab") as out, tqdm(total=total, initial=done, desc="Scoring", unit="row") as bar:

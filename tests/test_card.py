@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from transformers import BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.card import MARK, escaped, is_own, shown, write_card
@@ -77,6 +79,55 @@ def test_the_card_says_what_was_trained_on_what_and_how_well(run):
     assert set(versions()) >= {"torch", "transformers", "peft", "bitsandbytes"}
     for picture in re.findall(r"\]\((charts/.*?)\)", text):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def rewritten(folder, lora=None, **record):
+    """The card of the adapter with other values in its record and in PEFT's config."""
+    for name, values in (("qlora_dpo.json", record), ("adapter_config.json", lora or {})):
+        found = json.loads((folder / name).read_text()) | values
+        (folder / name).write_text(json.dumps(found))
+    write_card(str(folder), draw=False)
+    return text_of(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize": False},
+        {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")},
+        {"quantize_head": True},
+    ],
+    ids=str,
+)
+def test_the_way_to_load_gives_the_base_as_it_was_in_training(options, adapter, base_folder):
+    trained = load_policy(base_folder, **options)
+    quantization = getattr(trained.config, "quantization_config", None)
+    text = rewritten(adapter, quantization=None if quantization is None else quantization.to_dict())
+    source = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    source = source.replace("'tiny-base'", repr(base_folder)).replace("'tiny-dpo'", repr(str(adapter)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of a base in other bits
+        exec(source, {})  # it is the card's own
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (12, 16), (300, 320)])
+def test_the_rank_to_serve_is_one_that_vllm_takes(rank, served, adapter):
+    assert f"--max-lora-rank {served} " in rewritten(adapter, {"r": rank})
+
+
+@pytest.mark.parametrize(
+    "lora", [{"r": 513}, {"rank_pattern": {"q_proj": 64}}, {"use_dora": True}, {"bias": "all"}], ids=str
+)
+def test_what_vllm_does_not_serve_has_no_command(lora, adapter):
+    """It scales every layer by one rank, whatever a pattern says."""
+    text = rewritten(adapter, lora)
+    assert "vllm" not in text
+    assert "qlora-dpo merge" in text
+
+
+def test_a_pattern_of_targets_stays_in_its_cell(adapter):
+    text = rewritten(adapter, {"target_modules": r".*(q_proj|v_proj)"})
+    assert r"on `.*(q_proj\|v_proj)` |" in text
 
 
 def test_no_path_of_this_machine_is_in_a_card(run):

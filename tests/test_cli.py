@@ -1,6 +1,7 @@
 """The command line: options from flags and YAML, runs from end to end, and errors a person can act on."""
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from qlora_dpo import QLoRADPOConfig
 from qlora_dpo.cli import COMMANDS, DataArguments, ModelArguments, main, parse
@@ -37,6 +39,47 @@ def test_train_then_evaluate_from_the_adapter_alone(base_folder, rows_file, tmp_
     for key in ("eval_rewards/margins", "eval_rewards/accuracies", "eval_loss", "eval_logps/chosen"):
         assert found[key] == pytest.approx(trained["after"][key], rel=1e-6), key
     assert found["eval_preference_accuracy"] == found["eval_rewards/accuracies"]
+
+
+OWN_CODE = {
+    "configuration_own.py": """
+from transformers import LlamaConfig
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+""",
+    "modeling_own.py": """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+""",
+}
+OWN_CONFIG = {
+    "model_type": "own",
+    "auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+}
+
+
+def test_a_model_with_code_of_its_own_goes_all_the_way(base_folder, rows_file, tmp_path, monkeypatch, capsys):
+    """The merged model has the code beside it. Without the option it is not run."""
+    monkeypatch.setattr("builtins.input", lambda *_: "n")
+    base, run, out = shutil.copytree(base_folder, tmp_path / "base"), str(tmp_path / "run"), tmp_path / "merged"
+    for name, text in OWN_CODE.items():
+        (base / name).write_text(text)
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | OWN_CONFIG))
+    trust = ["--trust_remote_code", "true"]
+    assert main([*train_words(str(base), rows_file, run), *trust]) == 0
+    words = {
+        "evaluate": ["--dataset_name", rows_file, *QUICK],
+        "score": ["--source", rows_file, "--target", str(tmp_path / "out.jsonl")],
+        "merge": ["--output_dir", str(out), "--dataset_name", rows_file, "--num_rows", "2"],
+    }
+    found = {name: main([name, "--adapter", run, *more, *trust]) for name, more in words.items()}
+    assert found == dict.fromkeys(words, 0), capsys.readouterr().err
+    shutil.rmtree(base)
+    assert type(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)).__name__ == "OwnForCausalLM"
+    assert main(["merge", "--adapter", run, "--output_dir", str(tmp_path / "again"), "--base", str(out)]) == 2
+    assert "`trust_remote_code=True`" in capsys.readouterr().err
 
 
 def test_evaluate_uses_the_beta_of_the_adapter_unless_told(base_folder, rows_file, tmp_path):

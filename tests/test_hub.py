@@ -13,7 +13,7 @@ from huggingface_hub.utils import close_session
 from peft import LoraConfig
 
 import qlora_dpo.hub
-from qlora_dpo import QLoRADPOTrainer, load_policy, push_adapter
+from qlora_dpo import QLoRADPOTrainer, load_policy, merge_adapter, push_adapter
 from qlora_dpo.cli import main
 from qlora_dpo.errors import PushError
 from qlora_dpo.hub import adapter_files, without_secrets
@@ -396,6 +396,17 @@ def test_nothing_is_warned_about_an_adapter_on_an_id(hub, adapter):
         warnings.simplefilter("error", UserWarning)
         push_adapter(str(adapter), "ada/tiny-dpo")
     assert qlora_dpo.hub.TRIES > 1
+
+
+@pytest.mark.parametrize("revision", ["", "@main"])
+def test_an_adapter_of_the_hub_is_merged_with_its_own_template(hub, adapter, tmp_path, revision):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (adapter / "chat_template.jinja").write_text(template)
+    push_adapter(str(adapter), "ada/tiny-dpo")
+    report = merge_adapter(f"ada/tiny-dpo{revision}", str(tmp_path / "merged"))
+    assert report.adapters == [f"ada/tiny-dpo{revision}"]
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == template
 
 
 @pytest.mark.parametrize("public", [False, True])

@@ -323,6 +323,8 @@ def test_a_base_is_found_by_its_hub_id(bases, tmp_path, monkeypatch):
     assert report.base == "someone/tiny"
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
     assert error(logits(model), logits(policy)) <= ROUNDING
+    _, named = merged(adapter, tmp_path / "named", base="someone/tiny@main", sample_rows=CHAT_ROWS[:2])
+    assert error(logits(named), logits(policy)) <= ROUNDING
 
 
 def test_a_sharded_base_is_read(tokenizer, tmp_path):
@@ -357,6 +359,26 @@ def test_experts_that_are_put_together_while_loading_are_carried_over(family, to
     assert error(logits(model), logits(policy)) <= 1e-4
 
 
+def correction_bias(model):
+    return next(buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
+
+
+@pytest.mark.parametrize("into", ["quantized", "original"])
+def test_what_is_kept_in_fp32_is_not_rounded(into, tokenizer, tmp_path):
+    """A router's correction bias: its third decimal decides which experts are chosen, and bf16 has two."""
+    model = build_tiny("deepseek_v3")
+    correction_bias(model).copy_(4 + 0.001 * torch.arange(4))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    _, adapter = trained(
+        str(tmp_path / "base"), tmp_path / "adapter", lora(target_modules=["o_proj"]), dtype=torch.bfloat16
+    )
+    merge_adapter(adapter, str(tmp_path / "out"), into=into)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert found.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert torch.equal(correction_bias(found), correction_bias(model))
+
+
 def test_everything_a_converter_needs_is_in_the_folder(bases, adapter, tmp_path):
     merge_adapter(adapter, str(tmp_path / "out"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -375,11 +397,29 @@ def test_the_tokenizer_is_the_adapters_where_it_has_another_template(bases, tmp_
     tokenizer = build_chat_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(adapter)
-    Path(bases["llama"], "tokenizer.model").write_bytes(b"sentencepiece")
+    beside = ("tokenizer.model", "preprocessor_config.json")
+    for name in beside:
+        Path(bases["llama"], name).write_bytes(b"{}")
     merge_adapter(adapter, str(tmp_path / "out"))
-    Path(bases["llama"], "tokenizer.model").unlink()
+    for name in beside:
+        Path(bases["llama"], name).unlink()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages[0]['content'] }}"
-    assert (tmp_path / "out" / "tokenizer.model").is_file()
+    assert [name for name in beside if not (tmp_path / "out" / name).is_file()] == []
+
+
+def test_every_file_that_serving_needs_is_carried_over(bases, tmp_path):
+    """A second template (for tools, as Command R has one), another kind of vocabulary, and what reads images."""
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    names = ("vocab.txt", "spiece.model", "preprocessor_config.json", "processor_config.json")
+    for name in names:
+        (base / name).write_text("{}")
+    _, adapter = trained(str(base), tmp_path / "adapter", lora())
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    merge_adapter(adapter, str(tmp_path / "out"))
+    assert [name for name in names if not (tmp_path / "out" / name).is_file()] == []
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template["tool_use"] == "{{ tools }}"
 
 
 def test_a_merge_that_was_cut_off_is_begun_again(adapter, tmp_path, monkeypatch):
