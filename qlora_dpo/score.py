@@ -284,13 +284,8 @@ def score_file(
         raise FileNotFoundError(f"`source` must be a .jsonl file, got {source}. Check the path.")
     if Path(target).exists() and Path(target).samefile(source):
         raise ValueError(f"`target` must be another file than `source`, got {target} for both. Name a new one.")
-    asked = {
-        "adapter": adapter,
-        "weights": weights_hash(adapter),
-        "source": source,
-        "reference": reference,
-        "min_margin": min_margin,
-    }
+    weights = weights_hash(adapter) if Path(adapter).is_dir() else None  # trained anew, it is another adapter
+    asked = {"adapter": adapter, "weights": weights, "source": source, "reference": reference, "min_margin": min_margin}
     done = _resumed(target, asked)
     with Path(source).open("rb") as file:
         total = max((number for number, line in enumerate(file, 1) if line.strip()), default=0)
