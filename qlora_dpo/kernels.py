@@ -344,7 +344,7 @@ def installed_kernels() -> frozenset[str]:
         FLASH_ATTN: nvidia and flash_attn_varlen() is not None,
         FLEX: nvidia and importlib.util.find_spec("triton") is not None,
         BLOCKWISE: True,
-        BF16_PRODUCTS: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        BF16_PRODUCTS: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     }
     return frozenset(name for name, found in there.items() if found)
 
