@@ -47,8 +47,11 @@ class Recipe:
     sinks: Tensor | None = None
 
 
+@torch.compiler.disable
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Recipe) -> Tensor:
     """Attention of one row: each segment sees its prefix and, causally, itself.
+
+    A compiled model calls it uncompiled: traced, it would be compiled anew for each row's segments.
 
     Args:
         query: `(1, h, L, d)`.
