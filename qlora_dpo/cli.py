@@ -105,7 +105,7 @@ class ModelArguments:
         default=0.0, metadata={"help": "Dropout before the adapter; needs --disable_dropout false."}
     )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt. Default: all linear layers but the head."}
+        default=None, metadata={"help": "Layers to adapt. Default: all-linear, without the head."}
     )
 
 
@@ -129,11 +129,12 @@ def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
             f"`lora_dropout` must be 0 while `disable_dropout` is on, got {model.lora_dropout}. Add "
             "--disable_dropout false."
         )
+    targets = model.lora_target_modules or ["all-linear"]
     lora: LoraConfig | None = LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules or "all-linear",
+        target_modules="all-linear" if targets == ["all-linear"] else targets,  # in a list it would be a layer's name
         task_type="CAUSAL_LM",
     )
     if adapter_folder(model.model_name_or_path) and not model.new_adapter:
