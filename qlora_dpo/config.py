@@ -28,6 +28,7 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "use_liger_kernel": (False,),
     "neftune_noise_alpha": (None,),  # its strength follows a sequence's length, and rows hold many that share tokens
     "batch_eval_metrics": (False,),
+    "include_for_metrics": ([],),
 }
 """Fields that are not honoured, with the values that ask for nothing: TRL's, and some of TrainingArguments."""
 

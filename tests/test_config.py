@@ -76,6 +76,7 @@ ASKED = {
     "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "pad_token": "<pad>",
     "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1, "use_liger_kernel": True,
     "batch_eval_metrics": True, "neftune_noise_alpha": 5.0,
+    "include_for_metrics": ["inputs"],
 }  # fmt: skip
 
 
