@@ -70,8 +70,8 @@ class Preparation:
     """Tokenises data sets, checks that the objective can use their columns, and shows what became of their rows.
 
     Attributes:
-        reports: What became of the rows, by the name of the set.
-        origins: Where they come from, by the name of the set.
+        reports: What became of the rows, by the use of the set: `train`, `eval`, or `eval_<name>` of several.
+        origins: Where they come from, by the same.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Preparation:
     def sets(self, dataset: Any) -> Any:
         """One data set for evaluation, or several by name."""
         if isinstance(dataset, Mapping):
-            return {name: self(one, name) for name, one in dataset.items()}
+            return {name: self(one, f"eval_{name}") for name, one in dataset.items()}
         return self(dataset, "eval")
 
 

@@ -213,7 +213,8 @@ def _evaluations(folder: Path, record: AdapterRecord) -> list[Judged]:
     after, judged = _report(folder / "evaluation" / "after"), []
     for name, found in record.evaluations.items():
         same = after is not None and (after.accuracy.value, after.pairs) == (found["accuracy"]["value"], found["pairs"])
-        origin = {"name": "unnamed data" if name == "eval" else name} | record.datasets.get(name, {})
+        label = "unnamed data" if name == "eval" else name.removeprefix("eval_")
+        origin = {"name": label} | record.datasets.get(name, {})
         judged.append(Judged(origin, found, after if same else None))
     later, metrics = _report(folder / "evaluation"), _read(folder / "evaluation" / "metrics.json")
     if later is not None and metrics.get("adapter_sha256") == weights_hash(str(folder)):

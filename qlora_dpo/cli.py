@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets.exceptions import DatasetsError
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, set_seed
+from transformers import BitsAndBytesConfig, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from qlora_dpo.checkpoints import checkpoint_to_resume
@@ -106,7 +106,7 @@ class ModelArguments:
         default=0.0, metadata={"help": "Dropout before the adapter; needs --disable_dropout false."}
     )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt. Default: all linear layers but the head."}
+        default=None, metadata={"help": "Layers to adapt. Default: all-linear, without the head."}
     )
 
 
@@ -130,11 +130,12 @@ def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
             f"`lora_dropout` must be 0 while `disable_dropout` is on, got {model.lora_dropout}. Add "
             "--disable_dropout false."
         )
+    targets = model.lora_target_modules or ["all-linear"]
     lora: LoraConfig | None = LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules or "all-linear",
+        target_modules="all-linear" if targets == ["all-linear"] else targets,  # in a list it would be a layer's name
         task_type="CAUSAL_LM",
     )
     if adapter_folder(model.model_name_or_path) and not model.new_adapter:
@@ -235,14 +236,12 @@ def train(words: Sequence[str]) -> None:
 
 
 def _section_scores(trainer: QLoRADPOTrainer) -> dict[str, float]:
-    """RewardBench's sections of a trainer's last evaluation, printed and returned."""
+    """RewardBench's sections of a trainer's last evaluation."""
     pairs = trainer.last_pairs
     assert pairs is not None
     subsets = dict(zip(trainer.eval_dataset["row"], trainer.eval_dataset["subset"], strict=True))
     margins = pairs.column("reward_chosen") - pairs.column("reward_rejected")
-    scores = section_scores(margins, [subsets[row] for row in pairs.rows().tolist()])
-    print("\n".join(f"{section:10} {score:.3f}" for section, score in scores.items()))
-    return scores
+    return section_scores(margins, [subsets[row] for row in pairs.rows().tolist()])
 
 
 def evaluate(words: Sequence[str]) -> None:
@@ -275,14 +274,15 @@ def evaluate(words: Sequence[str]) -> None:
     tokenizer = load_tokenizer(chosen.adapter, trust_remote_code=args.trust_remote_code)
     trainer = QLoRADPOTrainer(model=policy, args=args, eval_dataset=rows, processing_class=tokenizer)
     trainer.step.bco_delta.total, trainer.step.bco_delta.count = record.bco_delta, 1
+    trainer.remove_callback(PrinterCallback)  # with `disable_tqdm` it would print its line before the report
     warn_of_reference(record, trainer.reference)
     metrics: dict[str, Any] = dict(trainer.evaluate())
     found = judged(trainer, chosen.dataset_name, args.output_dir)
-    print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
-    if chosen.benchmark:
-        metrics["rewardbench"] = _section_scores(trainer)
+    extra = {"rewardbench": _section_scores(trainer)} if chosen.benchmark else {}
+    sections = [f"\n{section:10} {score:.3f}" for scores in extra.values() for section, score in scores.items()]
+    print(json.dumps(found.to_dict() | extra, indent=2) if chosen.json else "".join([str(found), *sections]))
     trainer.prepared.name("eval", chosen.dataset_name, chosen.dataset_config)
-    metrics |= {"adapter_sha256": weights_hash(adapter), "data": trainer.prepared.origins["eval"]}
+    metrics |= extra | {"adapter_sha256": weights_hash(adapter), "data": trainer.prepared.origins["eval"]}
     _write_metrics(args.output_dir, metrics)
 
 

@@ -26,9 +26,11 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "train_sampling_strategy": ("random", "sequential"),
     "label_smoothing_factor": (0.0,),
     "use_liger_kernel": (False,),
+    "neftune_noise_alpha": (None,),  # its strength follows a sequence's length, and rows hold many that share tokens
     "batch_eval_metrics": (False,),
     "bf16_full_eval": (False,),  # an evaluation would round the adapters for good
     "fp16_full_eval": (False,),
+    "include_for_metrics": ([],),
 }
 """Fields that are not honoured, with the values that ask for nothing: TRL's, and some of TrainingArguments."""
 

@@ -16,9 +16,9 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.preferences import FORMS, PAIR_VALUES, USED_COLUMNS, Preference, decoded, parse_row, without_nulls
+from qlora_dpo.preferences import FORMS, PAIR_VALUES, Preference, decoded, parse_row, unused_columns, without_nulls
 
-DATA_VERSION = 3
+DATA_VERSION = 4
 """Part of the cache key of tokenised data: raise it when the same row gives other tokens."""
 
 GROUP_COLUMNS = ["prompt_ids", "completion_ids", "pairs", "row"]
@@ -376,7 +376,7 @@ def _report(
         groups=len(kept),
         pairs=sum(len(pairs) for pairs in kept["pairs"]),
         dropped=dict(Counter(reason for reason in mapped["dropped"] if reason)),
-        unused_columns=sorted(set(columns) - USED_COLUMNS),
+        unused_columns=unused_columns(columns),
         length_median=int(np.median(lengths)),
         length_p95=int(np.percentile(lengths, 95)),
         length_max=int(lengths.max()),

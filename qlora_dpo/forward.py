@@ -84,8 +84,9 @@ def _router_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the LM head is one matrix that no adapter touches, and so the same in every pass."""
-    return isinstance(model.get_output_embeddings(), nn.Linear)
+    """Whether the LM head is one layer that nothing adapts or trains, and so the same in every pass."""
+    head = model.get_output_embeddings()
+    return isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters())
 
 
 def score_batch(

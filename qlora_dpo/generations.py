@@ -146,13 +146,16 @@ def answers(
         model: A causal LM, with or without adapters; its mode and the state of all random numbers are kept.
         tokenizer: Its tokenizer, with a padding token.
         prompts: Token ids, none empty.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Most tokens of an answer; fewer where the model's positions end behind the longest prompt.
         seed: Of the random numbers a sampled answer draws.
         options: Of `generate`, such as `do_sample`.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     device, pad = model.device, tokenizer.pad_token_id
     width = max(map(len, prompts))
+    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0) - width
+    if room > 0:  # without any, it takes more than it was made for: it has just evaluated these prompts
+        max_new_tokens = min(max_new_tokens, room)
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     ends = model.generation_config.eos_token_id

@@ -47,8 +47,11 @@ class Recipe:
     sinks: Tensor | None = None
 
 
+@torch.compiler.disable
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Recipe) -> Tensor:
     """Attention of one row: each segment sees its prefix and, causally, itself.
+
+    A compiled model calls it uncompiled: traced, it would be compiled anew for each row's segments.
 
     Args:
         query: `(1, h, L, d)`.
@@ -344,7 +347,7 @@ def installed_kernels() -> frozenset[str]:
         FLASH_ATTN: nvidia and flash_attn_varlen() is not None,
         FLEX: nvidia and importlib.util.find_spec("triton") is not None,
         BLOCKWISE: True,
-        BF16_PRODUCTS: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        BF16_PRODUCTS: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     }
     return frozenset(name for name, found in there.items() if found)
 

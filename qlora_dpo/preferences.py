@@ -6,7 +6,7 @@ rejected have in common.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -33,7 +33,10 @@ USED_COLUMNS = {
     "ref_rejected_logps",
     "subset",
 }
-"""Columns that are read; the start-up report names the others."""
+"""Columns that are read."""
+
+_VERDICTS = {"pairs", "scores", "ranks"}
+"""Columns that say which of a row's completions are better; a row has one of them."""
 
 PAIR_VALUES: dict[str, tuple[str, Callable[[float], bool], float]] = {
     "weights": ("be finite and 0 or more", lambda v: 0 <= v < math.inf, 1.0),
@@ -72,6 +75,16 @@ class Preference:
     def conversational(self) -> bool:
         """Whether the row holds messages rather than text."""
         return not isinstance(self.completions[0], str)
+
+
+def unused_columns(columns: Iterable[str]) -> list[str]:
+    """Columns of a data set that are not read, in alphabetical order, for the report at the start.
+
+    >>> unused_columns(["chosen", "rejected", "scores", "source"])
+    ['scores', 'source']
+    """
+    names = set(columns)
+    return sorted(names - (USED_COLUMNS if "completions" in names else USED_COLUMNS - _VERDICTS))
 
 
 def _levels(values: Sequence[float]) -> list[list[int]]:
@@ -167,10 +180,12 @@ def _check_pairs(pairs: Any, count: int) -> list[tuple[int, int]]:
 
 def _pairs_of(row: Mapping[str, Any], count: int, strategy: str) -> list[tuple[int, int]]:
     """The pairs of a row with `completions`, from its `pairs`, `scores` or `ranks`."""
-    if row.get("pairs") is not None:
-        return _check_pairs(row["pairs"], count)
-    name = "scores" if row.get("scores") is not None else "ranks"
-    values = row[name]
+    given = sorted(row.keys() & _VERDICTS)
+    if len(given) > 1:
+        raise ValueError(f"A row must have one of {sorted(_VERDICTS)}, got {given}. Remove the other columns.")
+    name, values = given[0], row[given[0]]
+    if name == "pairs":
+        return _check_pairs(values, count)
     if len(values) != count:
         raise ValueError(f"`{name}` must hold one number per completion ({count}), got {len(values)}. Correct the row.")
     if not all(isinstance(value, (int, float)) and value == value for value in values):
@@ -217,19 +232,20 @@ def _split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, lis
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 
-def _prompted(row: Mapping[str, Any], chosen: Text, rejected: Text) -> Text | None:
-    """The prompt of a row with two sides, or None if it is implied.
+def _two_sides(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text | None, list[Text]]:
+    """The prompt of a row with two sides (None if texts imply it), and the sides behind it.
 
-    Some sets give the prompt as text or messages beside sides that are whole conversations and begin with it.
+    Some sets give the prompt as text or messages beside sides that are conversations and begin with it, or with its
+    last turns (a system message is then in the prompt alone).
     """
-    if "prompt" not in row:
-        return None
-    prompt = _text(row["prompt"], "prompt")
     if isinstance(chosen, str) or isinstance(rejected, str):
-        return prompt
-    shared, _ = _split_messages(chosen, rejected)
-    repeated = shared[: len(prompt)] == prompt if not isinstance(prompt, str) else bool(shared)
-    return None if shared and repeated else prompt
+        return prompt, [chosen, rejected]
+    shared, ends = _split_messages(chosen, rejected)
+    if isinstance(prompt, str) and not shared:
+        return prompt, [chosen, rejected]
+    given = prompt if prompt and not isinstance(prompt, str) else shared
+    repeated = max(n for n in range(len(given) + 1) if given[len(given) - n :] == shared[:n])
+    return ([*given, *shared[repeated:]], ends) if repeated else (given, [chosen, rejected])
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -265,18 +281,18 @@ def parse_row(row: Mapping[str, Any], pair_strategy: str = "all") -> Preference:
         The prompt (None if it is implied by two texts), the completions and the pairs.
 
     Raises:
-        ValueError: For missing columns, indices out of range or equal, mixed text and messages.
+        ValueError: For missing or contradicting columns, indices out of range or equal, mixed text and messages.
 
     >>> parse_row({"prompt": "2 + 2 =", "completions": [" 4", " 5"], "ranks": [1, 2]}).pairs
     [(0, 1)]
     """
     row = {key: value for key, value in row.items() if value is not None}
-    for name in row.keys() & {"completions", "pairs", "scores", "ranks"}:
+    for name in row.keys() & {"completions", *_VERDICTS}:
         row[name] = _list(row[name], name)
     if "prompt" not in row and "conversations" in row:
         row["prompt"] = row["conversations"]
     if "completions" in row:
-        _require("prompt" in row and bool(row.keys() & {"pairs", "scores", "ranks"}), row)
+        _require("prompt" in row and bool(row.keys() & _VERDICTS), row)
         prompt: Text | None = _text(row["prompt"], "prompt")
         completions = [_text(completion, "completions") for completion in row["completions"]]
         if len(completions) < 2:
@@ -285,9 +301,9 @@ def parse_row(row: Mapping[str, Any], pair_strategy: str = "all") -> Preference:
     else:
         _require("chosen" in row and "rejected" in row, row)
         chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
-        prompt, completions, pairs = _prompted(row, chosen, rejected), [chosen, rejected], [(0, 1)]
-        if prompt is None and not isinstance(chosen, str) and not isinstance(rejected, str):
-            prompt, completions = _split_messages(chosen, rejected)
+        prompt = _text(row["prompt"], "prompt") if "prompt" in row else None
+        prompt, completions = _two_sides(prompt, chosen, rejected)
+        pairs = [(0, 1)]
     _kinds(prompt, completions)
     ordered = "pairs" in row or "completions" not in row
     values = {name: _pair_values(row, name, len(pairs), ordered) for name in PAIR_VALUES if name in row}

@@ -39,8 +39,8 @@ class AdapterRecord:
         pair_strategy: How scores or ranks became pairs.
         base_commit: Commit of the base that was loaded, if it came from the Hub.
         licence: `license`, `license_name`, `license_link` of the base, as its card has them.
-        datasets: `data_origin` of each data set by name.
-        evaluations: What `GatheredPairs.evaluation` says of each evaluation at the step of these weights, by name.
+        datasets: `data_origin` of each data set, by its use: `train`, `eval`, or `eval_<name>` of several.
+        evaluations: What `GatheredPairs.evaluation` says of each evaluation at the step of these weights, by the same.
         training: `TRAINING_FIELDS`, and the number of processes.
         versions: Of the packages that decide the numbers.
         run: What else must stay as it is for a run to go on; empty for a policy that was not trained.
@@ -95,8 +95,8 @@ def record_of(
         reference: What the policy was compared with.
         given: Whether the training data brought its own log-probabilities instead.
         bco_delta: The running mean of rewards.
-        datasets: `data_origin` of each data set by name.
-        evaluations: What evaluations of these very weights gave, by name.
+        datasets: `data_origin` of each data set, by its use.
+        evaluations: What evaluations of these very weights gave, by the same.
         run: What else must stay as it is for the run to go on.
     """
     names, below = trained_adapters(policy), frozen_adapters(policy)

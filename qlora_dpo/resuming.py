@@ -40,7 +40,6 @@ RUN_FIELDS = (
     "adam_epsilon",
     "weight_decay",
     "max_grad_norm",
-    "neftune_noise_alpha",
     "disable_dropout",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",

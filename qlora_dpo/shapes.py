@@ -167,6 +167,7 @@ def _shape(config: PreTrainedConfig, name: str) -> Shape:
     inside = _linears(layer)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    mlp = {key: sizes for key, sizes in inside.items() if "att" not in key}  # attn, attention, self_attention
     modules = [module for module in layer.modules() if "norm" in type(module).__name__.lower()]
     norms = [tuple(module.get_parameter("weight").shape) for module in modules if hasattr(module, "weight")]
     return Shape(
@@ -177,7 +178,7 @@ def _shape(config: PreTrainedConfig, name: str) -> Shape:
         key_value=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
         head_dim=head_dim,
         intermediate=intermediate,
-        expanded=sum(o for key, (_, o) in inside.items() if "attn" not in key and o != config.hidden_size),
+        expanded=sum(o for _, o in mlp.values() if o != config.hidden_size),
         vocabulary=head.weight.shape[0],
         softcap=bool(LogitRule.from_config(config).softcap),
         hidden_norms=norms.count((config.hidden_size,)),

@@ -370,7 +370,7 @@ class QLoRADPOTrainer(SavingTrainer):
         self.last_pairs = records = self._records.gathered()
         self._records = None
         if judged := records.evaluation():
-            self._judged_at[self._weights_step][metric_key_prefix.removeprefix("eval_")] = judged
+            self._judged_at[self._weights_step][metric_key_prefix] = judged
         metrics = records.metrics() | {"num_tokens": self.state.num_input_tokens_seen}
         if self.step.objective.coupled:
             metrics["loss"] = self.step.of_sides(torch.from_numpy(records.sides())).mean().item()

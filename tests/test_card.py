@@ -20,6 +20,7 @@ from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.card import MARK, escaped, is_own, shown, write_card
 from qlora_dpo.cli import main
 from qlora_dpo.origins import base_licence, data_origin, named_origin, versions
+from qlora_dpo.record import read_record
 
 from tiny_chat import CHAT_ROWS
 
@@ -221,6 +222,20 @@ def test_checkpoints_have_a_card_of_their_own_without_charts(run):
     assert "# tiny-dpo" in text
     assert "![" not in text
     assert "Model Card for Model ID" not in text
+
+
+def test_an_evaluation_set_called_train_is_not_the_training_data(base_folder, tokenizer, make_args):
+    rows = Dataset.from_list(CHAT_ROWS)
+    args, sets = make_args(), {"train": rows.select(range(3)), "test": rows.select(range(3, 5))}
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, rows, sets, tokenizer)
+    trainer.evaluate()
+    trainer.save_model()
+    record = read_record(args.output_dir)
+    assert [(use, origin["rows"]) for use, origin in record.datasets.items()] == [
+        ("train", 12), ("eval_train", 3), ("eval_test", 2),
+    ]  # fmt: skip
+    assert {use: found["groups"] for use, found in record.evaluations.items()} == {"eval_train": 3, "eval_test": 2}
+    assert trainer.data_reports["train"].groups == 12
 
 
 def test_the_card_has_only_evaluations_of_these_weights(base_folder, tokenizer, make_args, tmp_path):

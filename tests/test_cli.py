@@ -101,6 +101,13 @@ def test_the_seed_decides_the_run(base_folder, rows_file, tmp_path):
     assert margins["a"] == margins["b"] != margins["c"]
 
 
+@pytest.mark.parametrize(("name", "kinds"), [("all-linear", 7), ("q_proj", 1)])
+def test_one_name_of_layers_is_all_linear_or_a_layer(base_folder, rows_file, tmp_path, name, kinds):
+    assert main([*train_words(base_folder, rows_file, tmp_path), "--lora_target_modules", name]) == 0
+    adapted = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert len({layer.split(".")[-1] for layer in adapted}) == kinds
+
+
 def test_where_the_four_bits_are_kept_changes_no_number(base_folder, rows_file, tmp_path):
     margins, kept = [], []
     for name in ("uint8", "bfloat16"):

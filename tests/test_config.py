@@ -75,7 +75,8 @@ def test_what_cannot_be_right_is_refused(tmp_path, options, message):
 ASKED = {
     "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "pad_token": "<pad>",
     "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1, "use_liger_kernel": True,
-    "batch_eval_metrics": True, "bf16_full_eval": True, "fp16_full_eval": True,
+    "batch_eval_metrics": True, "bf16_full_eval": True, "fp16_full_eval": True, "neftune_noise_alpha": 5.0,
+    "include_for_metrics": ["inputs"],
 }  # fmt: skip
 
 

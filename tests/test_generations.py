@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from qlora_dpo import QLoRADPOTrainer
@@ -108,6 +108,16 @@ def test_answers_do_not_depend_on_the_prompts_beside_them(tokenizer, make_traine
     assert len({len(prompt) for prompt in prompts}) > 1
     together = answers(trainer.model, tokenizer, prompts, 8, 0, do_sample=False)
     assert together == [answers(trainer.model, tokenizer, [p], 8, 0, do_sample=False)[0] for p in prompts]
+
+
+def test_an_answer_ends_where_the_models_positions_do(tokenizer):
+    """GPT-2 has an embedding for each position, and none beyond: 40 tokens of the prompt, and 8 of the answer."""
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 48}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+    prompt = tokenizer.convert_tokens_to_ids(["cat"] * 40)
+    (answer,) = answers(model, tokenizer, [prompt], 20, 0, do_sample=False)
+    assert len(answer.split()) == 8
 
 
 def test_a_run_with_generations_is_the_same_run(make_trainer, tokenizer):

@@ -17,6 +17,7 @@ import yaml
 from datasets import Dataset, concatenate_datasets
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.cli import main, parse
@@ -178,7 +179,10 @@ def test_a_olora_in_capitals_is_refused(tokenizer, make_args):
 
 def test_a_neftune_noise_on_an_adapted_embedding_is_off_in_the_reference(tokenizer, make_args):
     policy = policy_of(tokenizer, target_modules=["embed_tokens", "q_proj"])
-    trainer = trainer_of(tokenizer, make_args(max_steps=1, neftune_noise_alpha=5.0), policy=policy)
+    embedding = policy.get_input_embeddings()
+    embedding.neftune_noise_alpha = 5.0
+    embedding.register_forward_hook(neftune_post_forward_hook)
+    trainer = trainer_of(tokenizer, make_args(max_steps=1), policy=policy)
     found = []
 
     class Twice(TrainerCallback):

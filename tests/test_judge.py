@@ -73,6 +73,15 @@ def test_a_divergence_that_is_not_to_be_had_is_left_out(tokenizer, make_args, ca
     assert judged(trainer, "rows").kl_per_token is None
 
 
+def test_through_a_head_whose_bias_is_trained_no_divergence_is_told(tokenizer, make_args):
+    """Policy and reference have another head each, and the exact divergence is computed through one."""
+    model = build_tiny_llama(tokenizer)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM"))
+    _, metrics = evaluated(tokenizer, make_args(reference="initial"), CHAT_ROWS, policy)
+    assert "eval_kl/chosen" not in metrics
+
+
 def test_a_report_holds_the_trainers_own_numbers(tokenizer, make_args, tmp_path):
     trainer, metrics = evaluated(tokenizer, make_args(reference="base"), RANKED)
     report = judged(trainer, "ranked", str(tmp_path))

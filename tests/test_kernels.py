@@ -370,6 +370,13 @@ def test_a_cpu_build_of_torch_never_counts_the_flash_kernel_as_installed():
         assert VARLEN not in kernels.installed_kernels()
 
 
+def test_a_torch_without_onednn_multiplies_no_bf16_fast(monkeypatch):
+    """As on macOS on ARM, where the question itself is an unknown operator."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", torch._ops._OpNamespace("no_such_library"))
+    assert BF16_PRODUCTS not in kernels.installed_kernels.__wrapped__()
+
+
 def test_a_torch_without_windows_has_no_varlen_kernel(monkeypatch):
     import torch.nn.attention.varlen as module
 

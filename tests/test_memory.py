@@ -79,6 +79,14 @@ def test_parts_of_a_known_model_by_hand():
     assert plan.phases["backward"]["layer inputs"] == 2 * 2048 * (32 * 4096 + 2 * 128)
 
 
+@pytest.mark.parametrize("family", ["GPTNeoX", "Bloom", "Falcon", "GPT2", "OPT"])
+def test_attention_is_no_part_of_the_mlp_whatever_a_family_calls_it(family):
+    """An MLP without a gate has as many outputs as its last matrix has inputs."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "ffn_dim": 2048, "vocab_size": 1000, "num_hidden_layers": 2}
+    shape = shape_of(getattr(transformers, f"{family}Config")(**sizes, num_attention_heads=8))
+    assert shape.intermediate == shape.expanded == 2048
+
+
 def test_the_peak_is_what_is_held_and_the_largest_phase():
     plan = plan_of()
     sums = {phase: sum(parts.values()) for phase, parts in plan.phases.items()}

@@ -6,6 +6,7 @@ from qlora_dpo.preferences import PAIR_STRATEGIES, pairs_from_scores, parse_row
 
 USER = {"role": "user", "content": "hi"}
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
+SYSTEM, CALL = {"role": "system", "content": "be brief"}, {"role": "assistant", "content": "look(it)"}
 
 
 def test_prompt_chosen_rejected_is_one_pair():
@@ -17,6 +18,17 @@ def test_prompt_chosen_rejected_is_one_pair():
 def test_implied_prompt_of_messages_is_their_common_prefix_in_whole_messages():
     found = parse_row({"chosen": [USER, YES], "rejected": [USER, NO]})
     assert (found.prompt, found.completions) == ([USER], [[YES], [NO]])
+
+
+@pytest.mark.parametrize("prompt", [[USER], [SYSTEM, USER]], ids=["all of it", "its last turn"])
+def test_what_the_sides_repeat_of_the_prompt_is_there_once(prompt):
+    found = parse_row({"prompt": prompt, "chosen": [USER, YES], "rejected": [USER, NO]})
+    assert (found.prompt, found.completions) == (prompt, [[YES], [NO]])
+
+
+def test_a_first_turn_that_both_sides_write_is_theirs():
+    found = parse_row({"prompt": [USER], "chosen": [CALL, YES], "rejected": [CALL, NO]})
+    assert (found.prompt, found.completions) == ([USER], [[CALL, YES], [CALL, NO]])
 
 
 def test_implied_prompt_of_text_is_left_to_the_tokens():
@@ -70,6 +82,8 @@ def test_all_equal_scores_make_no_pair_at_all(strategy):
         ({"prompt": "p", "completions": ["a", "b"], "pairs": [[-1, 0]]}, "below 2"),
         ({"prompt": "p", "completions": ["a", "b"], "pairs": [[1, 1]]}, "two different"),
         ({"prompt": "p", "completions": ["a", "b"], "pairs": [[0]]}, "must hold"),
+        ({"prompt": "p", "completions": ["a", "b"], "pairs": [[0, 1]], "scores": [0, 1]}, "must have one of"),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [0, 1], "ranks": [1, 2]}, "must have one of"),
         ({"prompt": "p", "completions": ["a"], "pairs": []}, "two or more"),
         ({"prompt": "p", "completions": ["a", "b"], "scores": [1.0]}, "one number per completion"),
         ({"prompt": "p", "completions": ["a", "b"], "scores": [1.0, float("nan")]}, "must be numbers"),

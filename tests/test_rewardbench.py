@@ -65,9 +65,13 @@ def test_an_adapter_is_judged_on_a_local_copy(base_folder, rows_file, tmp_path, 
     capsys.readouterr()
     folder = str(tmp_path / "e")
     options = ["--dataset_name", str(path), "--benchmark", "rewardbench", "--output_dir", folder, *QUICK]
-    assert main(["evaluate", "--adapter", str(tmp_path / "run"), *options]) == 0
-    assert "Chat Hard" not in capsys.readouterr().out
+    words = ["evaluate", "--adapter", str(tmp_path / "run"), *options]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
     found = json.loads((tmp_path / "e" / "metrics.json").read_text())["rewardbench"]
+    assert [line.split()[0] for line in shown.splitlines()[-len(found) :]] == list(found)
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rewardbench"] == found
     lines = [json.loads(line) for line in (tmp_path / "e" / "pairs.jsonl").read_text().splitlines()]
     assert found == section_scores(np.array([line["margin"] for line in lines]), [line["subset"] for line in lines])
     assert "<user>" in lines[0]["prompt"]

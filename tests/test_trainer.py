@@ -94,6 +94,15 @@ def test_checkpointing_of_either_kind_gives_the_same_step(tokenizer, base_refere
     assert (recomputed - kept).norm() <= 1e-6 * kept.norm()
 
 
+def test_a_compiled_model_gives_the_same_step(tokenizer, base_reference):
+    """Traced, and not lowered: that takes a C++ compiler."""
+    options = {"rows": CHAT_ROWS[:2], "gradient_checkpointing": False}
+    plain, _ = first_step(tokenizer, base_reference, **options)
+    compiled, _ = first_step(tokenizer, base_reference, torch_compile=True, torch_compile_backend="eager", **options)
+    torch._dynamo.reset()
+    assert (compiled - plain).norm() <= 1e-6 * plain.norm()
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_layouts_give_the_same_step(tokenizer, base_reference, layout):
     tree, log = first_step(tokenizer, base_reference, RANKED, per_device_train_batch_size=8, batch_layout="tree")
