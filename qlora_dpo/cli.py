@@ -38,7 +38,7 @@ from qlora_dpo.record import (
 )
 from qlora_dpo.report import write_report
 from qlora_dpo.rewardbench import as_conversations, section_scores
-from qlora_dpo.score import score_file
+from qlora_dpo.score import row_errors, score_file
 from qlora_dpo.shapes import BUILT_IN
 from qlora_dpo.trainer import QLoRADPOTrainer
 
@@ -311,13 +311,21 @@ class ScoreArguments:
     )
 
 
-def score(words: Sequence[str]) -> None:
+def score(words: Sequence[str]) -> int:
     """Score completions with an adapter: `qlora-dpo score --adapter DIR --source in.jsonl --target out.jsonl`."""
     (chosen,) = parse((ScoreArguments,), words, "qlora-dpo score")
     count = score_file(
         chosen.adapter, chosen.source, chosen.target, chosen.batch_size, chosen.reference, chosen.min_margin
     )
+    errors = row_errors(chosen.target)
     print(f"{count} rows scored into {chosen.target}")
+    if errors:
+        print(
+            f"qlora-dpo score: every row must have a score, got {len(errors)} with an error in {chosen.target} (first: "
+            f"{errors[0]}). Correct them in {chosen.source}, and score it into a new file.",
+            file=sys.stderr,
+        )
+    return 1 if errors else 0
 
 
 def report(words: Sequence[str]) -> None:
@@ -419,7 +427,7 @@ def merge(words: Sequence[str]) -> None:
     print(f"model written to {chosen.output_dir}", file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
@@ -437,7 +445,7 @@ def _usage() -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 for what the user can put right."""
+    """Run a command; returns the exit status: 0, 1 if some rows had no score, or 2 for what the user can put right."""
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -447,8 +455,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     transformers_logging.set_verbosity_warning()
     try:
-        COMMANDS[words[0]](words[1:])
+        return COMMANDS[words[0]](words[1:]) or 0
     except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, FixableError) as error:
         print(f"qlora-dpo {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0

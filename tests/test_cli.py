@@ -286,3 +286,19 @@ def test_completions_are_scored_from_the_command_line(base_folder, rows_file, tm
     assert main(["score", "--adapter", run, "--source", rows_file, "--target", str(target)]) == 0
     assert "12 rows scored" in capsys.readouterr().out
     assert len(target.read_text().splitlines()) == 12
+
+
+def test_rows_that_cannot_be_scored_are_counted_and_the_status_is_1_also_when_run_again(
+    base_folder, rows_file, tmp_path, capsys
+):
+    run = trained_in(tmp_path / "run", base_folder, rows_file)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"question": "the"}\n{"prompt": "the", "completions": [" cat"]}\n{"question": "a"}\n')
+    for count in (1, 0):
+        capsys.readouterr()
+        assert main(["score", "--adapter", run, "--source", str(source), "--target", str(target)]) == 1
+        shown = capsys.readouterr()
+        assert shown.out == f"{count} rows scored into {target}\n"
+        assert "got 2 with an error" in shown.err
+        assert "(first: row 0: A data set must have the columns" in shown.err
+    assert len(target.read_text().splitlines()) == 3
