@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
-from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.config import EVALUATION_FIELDS, QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
 from qlora_dpo.errors import FixableError
@@ -44,6 +44,7 @@ from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
 DTYPES = ("bfloat16", "float16", "float32")
+TRAINING_ONLY = {f.name for f in fields(QLoRADPOConfig)}.difference(EVALUATION_FIELDS)
 STORAGE_DTYPES = ("uint8", *DTYPES)
 
 
@@ -241,7 +242,7 @@ def _section_scores(trainer: QLoRADPOTrainer) -> dict[str, float]:
 def evaluate(words: Sequence[str]) -> None:
     """Evaluate a saved adapter: `qlora-dpo evaluate --adapter DIR --dataset_name ...`."""
     classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
-    adapter = parse(classes, words, program)[0].adapter  # whose record sets the defaults of the rest
+    adapter = parse(classes, words, program, unused=TRAINING_ONLY)[0].adapter  # whose record sets the other defaults
     record = read_record(adapter)
     kept = ("max_length", "max_prompt_length", "pair_strategy")
     defaults = (
@@ -254,7 +255,7 @@ def evaluate(words: Sequence[str]) -> None:
             "fp16": record.mixed_precision == "fp16",
         }
     )
-    chosen, args = parse(classes, words, program, defaults)
+    chosen, args = parse(classes, words, program, defaults, TRAINING_ONLY)
     rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
     if chosen.benchmark not in (None, "rewardbench"):
         raise ValueError(f"`benchmark` must be rewardbench, got {chosen.benchmark}. Leave it out for other data.")
