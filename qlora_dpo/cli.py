@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from qlora_dpo.checkpoints import checkpoint_to_resume
-from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.config import EVALUATION_FIELDS, QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
 from qlora_dpo.errors import FixableError
@@ -40,12 +40,13 @@ from qlora_dpo.record import (
 )
 from qlora_dpo.report import write_report
 from qlora_dpo.rewardbench import as_conversations, section_scores
-from qlora_dpo.score import score_file
+from qlora_dpo.score import row_errors, score_file
 from qlora_dpo.shapes import BUILT_IN
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
 DTYPES = ("bfloat16", "float16", "float32")
+TRAINING_ONLY = {f.name for f in fields(QLoRADPOConfig)}.difference(EVALUATION_FIELDS)
 STORAGE_DTYPES = ("uint8", *DTYPES)
 
 
@@ -247,11 +248,11 @@ def _section_scores(trainer: QLoRADPOTrainer) -> dict[str, float]:
 def evaluate(words: Sequence[str]) -> None:
     """Evaluate a saved adapter: `qlora-dpo evaluate --adapter DIR --dataset_name ...`."""
     classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
-    adapter = parse(classes, words, program)[0].adapter  # whose record sets the defaults of the rest
+    adapter = parse(classes, words, program, unused=TRAINING_ONLY)[0].adapter  # whose record sets the other defaults
     record = read_record(adapter)
     folder = Path(adapter if Path(adapter).is_dir() else adapter.split("/")[-1], "evaluation")
     defaults = recorded_options(record, given=False) | {"output_dir": str(folder)}
-    chosen, args = parse(classes, words, program, defaults)
+    chosen, args = parse(classes, words, program, defaults, TRAINING_ONLY)
     rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
     if chosen.benchmark not in (None, "rewardbench"):
         raise ValueError(f"`benchmark` must be rewardbench, got {chosen.benchmark}. Leave it out for other data.")
@@ -309,11 +310,19 @@ class ScoreArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a model repository ships."})
 
 
-def score(words: Sequence[str]) -> None:
+def score(words: Sequence[str]) -> int:
     """Score completions with an adapter: `qlora-dpo score --adapter DIR --source in.jsonl --target out.jsonl`."""
     (chosen,) = parse((ScoreArguments,), words, "qlora-dpo score")
     count = score_file(**vars(chosen))
+    errors = row_errors(chosen.target)
     print(f"{count} rows scored into {chosen.target}")
+    if errors:
+        print(
+            f"qlora-dpo score: every row must have a score, got {len(errors)} with an error in {chosen.target} (first: "
+            f"{errors[0]}). Correct them in {chosen.source}, and score it into a new file.",
+            file=sys.stderr,
+        )
+    return 1 if errors else 0
 
 
 def report(words: Sequence[str]) -> None:
@@ -416,7 +425,7 @@ def merge(words: Sequence[str]) -> None:
     print(f"model written to {chosen.output_dir}", file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
@@ -434,7 +443,7 @@ def _usage() -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 for what the user can put right."""
+    """Run a command; returns the exit status: 0, 1 if some rows had no score, or 2 for what the user can put right."""
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -444,8 +453,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     transformers_logging.set_verbosity_warning()
     try:
-        COMMANDS[words[0]](words[1:])
+        return COMMANDS[words[0]](words[1:]) or 0
     except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, FixableError) as error:
         print(f"qlora-dpo {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0

@@ -53,6 +53,21 @@ LOSS_FIELDS = (
 )
 """Fields that decide the loss; `qlora_dpo.json` keeps them."""
 
+EVALUATION_FIELDS = (
+    *("output_dir", "seed", "full_determinism", "use_cpu", "bf16", "fp16", "tf32", "trust_remote_code"),
+    *("beta", "reference", "reference_in_4bit", "precompute_ref_log_probs", "reference_cache"),
+    *("max_length", "max_prompt_length", "pair_strategy", "dataset_num_proc"),
+    *("per_device_eval_batch_size", "eval_accumulation_steps", "eval_kl", "sample_generations"),
+    *("sample_max_new_tokens", "batch_layout", "max_tokens_per_forward", "logps_chunk_size", "padding_free"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
+    *("accelerator_config", "fsdp", "fsdp_config", "ddp_backend", "ddp_timeout"),
+    *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "skip_memory_metrics"),
+    *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+)
+"""Fields that change what one evaluation of a saved adapter does; its loss is the one it was trained with."""
+
 _COUNTS = (
     "precompute_ref_batch_size",
     "ref_model_sync_steps",

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,19 @@ def _hint(name: str, known: set[str]) -> str:
     return f"Did you mean `{close[0]}`?" if close else "Remove it."
 
 
+def _require_used(names: Iterable[str], unused: Collection[str], program: str) -> None:
+    """Refuse an option that the command has, by its dataclass, and does not use.
+
+    Raises:
+        ValueError: If one is given.
+    """
+    for name in names:
+        if name in unused:
+            raise ValueError(
+                f"Options of {program} must be ones that it uses, got `{name}`. Remove it; --help lists them."
+            )
+
+
 def _yaml_options(path: str, known: set[str]) -> dict[str, Any]:
     """Options of a YAML file.
 
@@ -64,7 +77,13 @@ def _yaml_options(path: str, known: set[str]) -> dict[str, Any]:
     return options
 
 
-def parse(classes: Sequence[type], words: Sequence[str], program: str, defaults: dict[str, Any] | None = None) -> Any:
+def parse(
+    classes: Sequence[type],
+    words: Sequence[str],
+    program: str,
+    defaults: dict[str, Any] | None = None,
+    unused: Collection[str] = (),
+) -> Any:
     """Dataclasses from `--config` and flags.
 
     Args:
@@ -72,20 +91,27 @@ def parse(classes: Sequence[type], words: Sequence[str], program: str, defaults:
         words: The command line behind the command's name.
         program: How the command is called, for help and errors.
         defaults: Defaults that a file and flags override.
+        unused: Fields that the command does not use: not in its help, and refused.
 
     Raises:
-        ValueError: For options that nothing reads.
+        ValueError: For options that nothing reads, or this command does not use.
     """
     first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     chosen, rest = first.parse_known_args(list(words))
     parser = HfArgumentParser(classes, prog=program, epilog=_EPILOG, allow_abbrev=False)
     parser.set_defaults(**(defaults or {}))
+    for action in parser._actions:
+        action.help = argparse.SUPPRESS if action.dest in unused else action.help
+    flags = (parser._option_string_actions.get(word.split("=")[0]) for word in rest)
+    _require_used((action.dest for action in flags if action is not None), unused, program)
+    known = {f.name for cls in classes for f in fields(cls) if f.init}
     if chosen.config is not None:
-        known = {f.name for cls in classes for f in fields(cls) if f.init}
-        rest = _as_words(parser, _yaml_options(chosen.config, known)) + rest
+        options = _yaml_options(chosen.config, known)
+        _require_used(options, unused, program)
+        rest = _as_words(parser, options) + rest
     parsed = parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False, return_remaining_strings=True)
     if parsed[-1]:
-        hint = _hint(parsed[-1][0].removeprefix("--").split("=")[0], {f.name for cls in classes for f in fields(cls)})
+        hint = _hint(parsed[-1][0].removeprefix("--").split("=")[0], known.difference(unused))
         raise ValueError(f"Options of {program} must be known, got {' '.join(parsed[-1])}. {hint}")
     return parsed[:-1]

@@ -273,7 +273,7 @@ def score_file(
         **model_kwargs: As in `load_scorer`.
 
     Returns:
-        Rows that were scored now.
+        Rows that were scored now; those with an `error` do not count.
 
     Raises:
         FileNotFoundError: If there is no source.
@@ -301,10 +301,17 @@ def score_file(
                     out.write((json.dumps({"row": number} | row, ensure_ascii=False) + "\n").encode())
             out.flush()
             bar.update(numbers[-1] + 1 - done)
-            scored, done = scored + len(batch), numbers[-1] + 1
+            scored, done = scored + sum("error" not in row for row in batch), numbers[-1] + 1
             _write_progress(target, asked | {"rows": done, "bytes": out.tell()})
             numbers.clear()
     return scored
+
+
+def row_errors(target: str) -> list[str]:
+    """What the lines of a scored file say of rows that could not be scored, whenever that was."""
+    with Path(target).open("rb") as file:
+        lines = map(json.loads, file)
+        return [f"row {line['row']}: {line['error']}" for line in lines if "error" in line]
 
 
 def _rows_behind(source: str, done: int, numbers: list[int]) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The command line: options from flags and YAML, runs from end to end, and errors a person can act on."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from qlora_dpo import QLoRADPOConfig
 from qlora_dpo.cli import COMMANDS, DataArguments, ModelArguments, main, parse
+from qlora_dpo.config import EVALUATION_FIELDS
 
 from tiny_chat import ranked_row
 
-QUICK = ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--max_steps", "2"]
+QUIET = ["--report_to", "none", "--disable_tqdm", "true"]
+QUICK = [*QUIET, "--save_strategy", "no", "--max_steps", "2"]
 
 
 def train_words(base_folder, rows_file, output_dir):
@@ -34,7 +37,7 @@ def test_train_then_evaluate_from_the_adapter_alone(base_folder, rows_file, tmp_
     assert trained["after"]["eval_rewards/ties"] == 0
     assert "preference accuracy" in capsys.readouterr().out
     words = ["evaluate", "--adapter", str(run), "--dataset_name", rows_file, "--dataset_test_split", "train[8:]"]
-    assert main([*words, "--output_dir", str(tmp_path / "eval"), *QUICK]) == 0
+    assert main([*words, "--output_dir", str(tmp_path / "eval"), *QUIET]) == 0
     found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     for key in ("eval_rewards/margins", "eval_rewards/accuracies", "eval_loss", "eval_logps/chosen"):
         assert found[key] == pytest.approx(trained["after"][key], rel=1e-6), key
@@ -85,7 +88,7 @@ def test_a_model_with_code_of_its_own_goes_all_the_way(base_folder, rows_file, t
 def test_evaluate_uses_the_beta_of_the_adapter_unless_told(base_folder, rows_file, tmp_path):
     run = tmp_path / "run"
     assert main([*train_words(base_folder, rows_file, run), "--beta", "0.5"]) == 0
-    words = ["evaluate", "--adapter", str(run), "--dataset_name", rows_file, *QUICK]
+    words = ["evaluate", "--adapter", str(run), "--dataset_name", rows_file, *QUIET]
     margins = []
     for more in ([], ["--beta", "1.0"]):
         assert main([*words, *more]) == 0
@@ -237,6 +240,39 @@ def test_evaluating_a_folder_without_a_record_is_refused(tmp_path, rows_file, ca
     assert "qlora_dpo.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--learning_rate", "3"], "learning_rate"),
+        (["--max_steps=7"], "max_steps"),
+        (["--push_to_hub"], "push_to_hub"),
+        (["--loss_type", "ipo"], "loss_type"),
+        (["--no_average_tokens_across_devices"], "average_tokens_across_devices"),
+    ],
+)
+def test_an_option_that_an_evaluation_does_not_use_is_refused(tmp_path, capsys, words, name):
+    words = ["evaluate", "--adapter", "a", "--dataset_name", "d", *words]
+    assert main(words) == 2
+    assert f"must be ones that it uses, got `{name}`. Remove it" in capsys.readouterr().err
+
+
+def test_an_option_that_an_evaluation_does_not_use_is_refused_in_yaml_also_as_null(tmp_path, capsys):
+    path = tmp_path / "e.yaml"
+    path.write_text("adapter: a\ndataset_name: d\nlabel_names: null\n")
+    assert main(["evaluate", "--config", str(path)]) == 2
+    assert "got `label_names`" in capsys.readouterr().err
+
+
+def test_help_of_evaluate_lists_what_an_evaluation_uses(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(QLoRADPOConfig):
+        if field.init:
+            assert (f"--{field.name} " in shown) == (field.name in EVALUATION_FIELDS), field.name
+    assert {field.name for field in dataclasses.fields(QLoRADPOConfig)}.issuperset(EVALUATION_FIELDS)
+
+
 def test_an_unknown_command_is_refused(capsys):
     assert main(["trian"]) == 2
     assert "got trian" in capsys.readouterr().err
@@ -272,7 +308,7 @@ def trained_in(folder, base_folder, rows_file, *words):
 
 def evaluated(adapter, rows_file, *words):
     split = ["--dataset_test_split", "train[8:]"]
-    assert main(["evaluate", "--adapter", adapter, "--dataset_name", rows_file, *split, *QUICK, *words]) == 0
+    assert main(["evaluate", "--adapter", adapter, "--dataset_name", rows_file, *split, *QUIET, *words]) == 0
     return json.loads(Path(adapter, "evaluation", "metrics.json").read_text())
 
 
@@ -342,7 +378,7 @@ def test_a_base_is_found_from_another_folder(base_folder, rows_file, tmp_path, m
     monkeypatch.chdir(Path(base_folder).parent)
     assert main(train_words(Path(base_folder).name, rows_file, tmp_path / "run")) == 0
     monkeypatch.chdir(tmp_path)
-    assert main(["evaluate", "--adapter", "run", "--dataset_name", rows_file, *QUICK]) == 0
+    assert main(["evaluate", "--adapter", "run", "--dataset_name", rows_file, *QUIET]) == 0
 
 
 def test_a_run_that_goes_on_is_not_judged_from_the_start_again(base_folder, rows_file, tmp_path):
@@ -372,3 +408,19 @@ def test_an_adapter_that_is_needed_later_is_not_written_over(base_folder, rows_f
     assert main([*train_words(str(run), rows_file, run), *more]) == 2
     assert "which would be written over. Name a new one." in capsys.readouterr().err
     assert (run / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_rows_that_cannot_be_scored_are_counted_and_the_status_is_1_also_when_run_again(
+    base_folder, rows_file, tmp_path, capsys
+):
+    run = trained_in(tmp_path / "run", base_folder, rows_file)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"question": "the"}\n{"prompt": "the", "completions": [" cat"]}\n{"question": "a"}\n')
+    for count in (1, 0):
+        capsys.readouterr()
+        assert main(["score", "--adapter", run, "--source", str(source), "--target", str(target)]) == 1
+        shown = capsys.readouterr()
+        assert shown.out == f"{count} rows scored into {target}\n"
+        assert "got 2 with an error" in shown.err
+        assert "(first: row 0: A data set must have the columns" in shown.err
+    assert len(target.read_text().splitlines()) == 3

@@ -27,7 +27,7 @@ from qlora_dpo.model import default_quantization
 from qlora_dpo.preferences import parse_row
 
 from reference_impl import completion_logps
-from test_cli import CLASSES, QUICK, REQUIRED, parsed, train_words
+from test_cli import CLASSES, QUIET, REQUIRED, parsed, train_words
 from tiny_chat import CHAT_ROWS, WORDS, build_tiny_llama, ranked_row
 from tiny_models import ARCHITECTURES, COMMON, FOUR_EXPERTS, _refill, build
 
@@ -283,7 +283,7 @@ def test_a_evaluate_repeats_the_numbers_of_a_float32_run(base_folder, rows_file,
     run = tmp_path / "run"
     assert main([*train_words(base_folder, rows_file, run), *more]) == 0
     words = ["evaluate", "--adapter", str(run), "--dataset_name", rows_file, "--dataset_test_split", "train[8:]"]
-    assert main([*words, "--output_dir", str(tmp_path / "e"), *QUICK]) == 0
+    assert main([*words, "--output_dir", str(tmp_path / "e"), *QUIET]) == 0
     found = json.loads((tmp_path / "e" / "metrics.json").read_text())
     after = json.loads((run / "metrics.json").read_text())["after"]
     assert found["eval_rewards/margins"] == pytest.approx(after["eval_rewards/margins"], rel=1e-6)
@@ -296,7 +296,7 @@ def test_a_evaluate_repeats_the_numbers_of_a_pair_strategy(base_folder, tmp_path
     splits = ["--dataset_test_split", "train", "--dataset_train_split", "train"]
     assert main([*train_words(base_folder, str(path), run), "--pair_strategy", "best_vs_worst", *splits]) == 0
     words = ["evaluate", "--adapter", str(run), "--dataset_name", str(path)]
-    assert main([*words, "--output_dir", str(tmp_path / "e"), *QUICK]) == 0
+    assert main([*words, "--output_dir", str(tmp_path / "e"), *QUIET]) == 0
     found = json.loads((tmp_path / "e" / "metrics.json").read_text())
     after = json.loads((run / "metrics.json").read_text())["after"]
     assert found["eval_rewards/margins"] == pytest.approx(after["eval_rewards/margins"], rel=1e-6)
@@ -476,7 +476,7 @@ def test_b_an_adapter_of_another_name_can_be_evaluated_from_its_folder(base_fold
     trainer.save_model()
     out = Path(trainer.args.output_dir)
     folder = next(p.parent for p in out.rglob("adapter_config.json"))
-    words = ["--dataset_name", rows_file, "--output_dir", str(out / "e"), "--bf16", "false", *QUICK]
+    words = ["--dataset_name", rows_file, "--output_dir", str(out / "e"), "--bf16", "false", *QUIET]
     assert 0 in [main(["evaluate", "--adapter", str(path), *words]) for path in {out, folder}]
 
 
@@ -540,14 +540,14 @@ def test_b_config_and_adapter_with_an_equals_sign(base_folder, rows_file, tmp_pa
 
 def test_b_adapter_with_an_equals_sign(base_folder, rows_file, tmp_path):
     assert main(train_words(base_folder, rows_file, tmp_path / "run")) == 0
-    assert main(["evaluate", f"--adapter={tmp_path / 'run'}", "--dataset_name", rows_file, *QUICK]) == 0
+    assert main(["evaluate", f"--adapter={tmp_path / 'run'}", "--dataset_name", rows_file, *QUIET]) == 0
 
 
 def test_b_adapter_in_a_config_file(base_folder, rows_file, tmp_path):
     run, path = tmp_path / "run", tmp_path / "e.yaml"
     assert main(train_words(base_folder, rows_file, run)) == 0
     path.write_text(yaml.dump({"adapter": str(run), "dataset_name": rows_file}))
-    assert main(["evaluate", "--config", str(path), *QUICK]) == 0
+    assert main(["evaluate", "--config", str(path), *QUIET]) == 0
 
 
 @pytest.mark.parametrize("words", [["train", "--config"], ["evaluate", "--dataset_name", "x", "--adapter"]])
@@ -689,7 +689,7 @@ def test_c_a_record_with_a_key_of_a_later_version(base_folder, rows_file, tmp_pa
     assert main(train_words(base_folder, rows_file, run)) == 0
     path = run / "qlora_dpo.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"new": 1}))
-    assert main(["evaluate", "--adapter", str(run), "--dataset_name", rows_file, *QUICK]) == 0
+    assert main(["evaluate", "--adapter", str(run), "--dataset_name", rows_file, *QUIET]) == 0
 
 
 def test_c_a_list_given_to_evaluate_is_a_clear_error(tokenizer, make_args):

@@ -17,7 +17,7 @@ from qlora_dpo.cli import main
 from qlora_dpo.forward import install_scoring
 from qlora_dpo.reference import fingerprint, make_reference
 
-from test_cli import QUICK, train_words
+from test_cli import QUIET, train_words
 from test_hard_cases import trained_adapter
 from test_reference import ALL, BATCH, logps, policy_of, trained, trainer_of
 from tiny_chat import CHAT_ROWS, build_tiny_llama
@@ -108,7 +108,7 @@ def test_a_continued_stack_is_evaluated_against_its_start(base_folder, rows_file
     assert two.reference.kind == "initial"
     expected = two.evaluate()["eval_rewards/margins"]
     words = ["evaluate", "--adapter", str(tmp_path / "two"), "--dataset_name", rows_file]
-    code = main([*words, "--output_dir", str(tmp_path / "e"), *QUICK])
+    code = main([*words, "--output_dir", str(tmp_path / "e"), *QUIET])
     if code == 0:
         found = json.loads((tmp_path / "e" / "metrics.json").read_text())["eval_rewards/margins"]
         assert found == pytest.approx(expected, rel=1e-4)
@@ -131,7 +131,7 @@ def test_an_unknown_adapter_below_is_not_left_out_by_evaluate(
     trainer.save_model()
     expected = trainer.evaluate()["eval_logps/chosen"]
     words = ["evaluate", "--adapter", args.output_dir, "--dataset_name", rows_file]
-    code = main([*words, "--output_dir", str(tmp_path / "e"), *QUICK])
+    code = main([*words, "--output_dir", str(tmp_path / "e"), *QUIET])
     if code == 0:
         found = json.loads((tmp_path / "e" / "metrics.json").read_text())["eval_logps/chosen"]
         assert found == pytest.approx(expected, rel=1e-4)
@@ -422,7 +422,7 @@ def test_a_record_of_the_last_version_can_be_read(base_folder, rows_file, tmp_pa
         del record[name]
     record |= {"loss_type": loss["loss_type"][0], "label_smoothing": loss["label_smoothing"]}
     path.write_text(json.dumps(record))
-    assert main(["evaluate", "--adapter", str(run), "--dataset_name", rows_file, *QUICK]) == 0
+    assert main(["evaluate", "--adapter", str(run), "--dataset_name", rows_file, *QUIET]) == 0
 
 
 # ---- a second look ---------------------------------------------------------------------------------------------------
@@ -496,6 +496,6 @@ def test_a_checkpoint_of_three_layers_of_adapters_can_be_judged(
     assert one
     expected = trainer.evaluate()["eval_logps/chosen"]
     words = ["evaluate", "--adapter", args.output_dir, "--dataset_name", rows_file, "--reference", "base"]
-    if main([*words, "--output_dir", str(tmp_path / "e"), *QUICK]) == 0:
+    if main([*words, "--output_dir", str(tmp_path / "e"), *QUIET]) == 0:
         found = json.loads((tmp_path / "e" / "metrics.json").read_text())["eval_logps/chosen"]
         assert found == pytest.approx(expected, rel=1e-4)

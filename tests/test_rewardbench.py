@@ -17,7 +17,7 @@ from qlora_dpo import QLoRADPOTrainer, rewardbench
 from qlora_dpo.cli import main
 from qlora_dpo.rewardbench import SECTIONS, as_conversations, section_scores
 
-from test_cli import QUICK, train_words
+from test_cli import QUIET, train_words
 from tiny_chat import CHAT_ROWS
 
 
@@ -64,7 +64,7 @@ def test_an_adapter_is_judged_on_a_local_copy(base_folder, rows_file, tmp_path, 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
     folder = str(tmp_path / "e")
-    options = ["--dataset_name", str(path), "--benchmark", "rewardbench", "--output_dir", folder, *QUICK]
+    options = ["--dataset_name", str(path), "--benchmark", "rewardbench", "--output_dir", folder, *QUIET]
     words = ["evaluate", "--adapter", str(tmp_path / "run"), *options]
     assert main(words) == 0
     shown = capsys.readouterr().out

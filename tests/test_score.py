@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from qlora_dpo import score
 from qlora_dpo.cli import main
 from qlora_dpo.data import load_rows
-from qlora_dpo.score import load_scorer, score_completions, score_file
+from qlora_dpo.score import load_scorer, row_errors, score_completions, score_file
 
 from reference_impl import completion_logps
 from test_cli import train_words
@@ -290,10 +290,10 @@ def test_rows_below_the_margin_are_left_out_and_not_scored_again(counted, scorer
 def test_rows_without_a_margin_are_never_left_out(counted, tmp_path):
     source, target = tmp_path / "rows.jsonl", tmp_path / "kept.jsonl"
     source.write_text("\n".join(["", json.dumps(RANKED[0]), "", json.dumps({"prompt": "the"}), "", ""]))
-    assert score_file("a", str(source), str(target), min_margin=1e9) == 2
+    assert score_file("a", str(source), str(target), min_margin=1e9) == 1
     first, second = lines_of(target)
     assert (first["row"], second["row"]) == (1, 3)
-    assert "error" in second
+    assert row_errors(str(target)) == [f"row 3: {second['error']}"]
     assert score_file("a", str(source), str(target), min_margin=1e9) == 0
 
 
