@@ -73,7 +73,7 @@ def test_a_model_with_code_of_its_own_goes_all_the_way(base_folder, rows_file, t
     trust = ["--trust_remote_code", "true"]
     assert main([*train_words(str(base), rows_file, run), *trust]) == 0
     words = {
-        "evaluate": ["--dataset_name", rows_file, *QUICK],
+        "evaluate": ["--dataset_name", rows_file, *QUIET],
         "score": ["--source", rows_file, "--target", str(tmp_path / "out.jsonl")],
         "merge": ["--output_dir", str(out), "--dataset_name", rows_file, "--num_rows", "2"],
     }
