@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftModel, import_utils
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
@@ -225,7 +226,8 @@ def require_shardable(accelerator: Accelerator, args: QLoRADPOConfig, reference:
     Processes that share weights must make their forwards together, one for each micro-batch.
 
     Raises:
-        NotImplementedError: For DeepSpeed, FSDP1, and references that put other weights in place.
+        NotImplementedError: For DeepSpeed, FSDP1, versions of libraries that are too old, and references that put other
+            weights in place.
         ValueError: If `fsdp` would be ignored, or a token budget would give processes different numbers of forwards.
     """
     kind = accelerator.distributed_type
@@ -238,6 +240,11 @@ def require_shardable(accelerator: Accelerator, args: QLoRADPOConfig, reference:
                 "with torchrun or accelerate (examples/multi_gpu), or leave it out."
             )
         return False
+    if not getattr(import_utils, "is_transformers_dtensor_tp", False):
+        raise NotImplementedError(
+            "FSDP must have versions that load an adapter into the parts of a model, got transformers "
+            f"{transformers.__version__} and peft {peft.__version__}. Upgrade them: 5.23 and 0.21.2 are tested."
+        )
     if not accelerator.is_fsdp2:
         raise NotImplementedError("FSDP must be version 2, got 1. Set `fsdp_version: 2` (examples/multi_gpu).")
     if isinstance(reference, (InitialReference, AverageReference)) and not args.precompute_ref_log_probs:
