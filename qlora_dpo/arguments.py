@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import transformers
 from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, import_utils
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
@@ -240,7 +241,7 @@ def require_shardable(accelerator: Accelerator, args: QLoRADPOConfig, reference:
                 "with torchrun or accelerate (examples/multi_gpu), or leave it out."
             )
         return False
-    if not getattr(import_utils, "is_transformers_dtensor_tp", False):
+    if not getattr(peft.import_utils, "is_transformers_dtensor_tp", False):
         raise NotImplementedError(
             "FSDP must have versions that load an adapter into the parts of a model, got transformers "
             f"{transformers.__version__} and peft {peft.__version__}. Upgrade them: 5.23 and 0.21.2 are tested."

@@ -18,6 +18,7 @@ from sharded_run import run, save_base
 
 KNOWS_PARTS = getattr(import_utils, "is_transformers_dtensor_tp", False)
 shares = pytest.mark.skipif(not KNOWS_PARTS, reason="transformers and PEFT cannot load an adapter into parts yet")
+
 from transformers import AutoModelForCausalLM
 
 from qlora_dpo import QLoRADPOConfig
