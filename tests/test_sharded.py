@@ -15,15 +15,14 @@ from accelerate.utils import DistributedType
 from peft import PeftModel, import_utils
 from safetensors.torch import load_file
 from sharded_run import run, save_base
-
-KNOWS_PARTS = getattr(import_utils, "is_transformers_dtensor_tp", False)
-shares = pytest.mark.skipif(not KNOWS_PARTS, reason="transformers and PEFT cannot load an adapter into parts yet")
-
 from transformers import AutoModelForCausalLM
 
 from qlora_dpo import QLoRADPOConfig
 from qlora_dpo.arguments import require_shardable
 from qlora_dpo.reference import BaseReference, InitialReference
+
+KNOWS_PARTS = getattr(import_utils, "is_transformers_dtensor_tp", False)
+shares = pytest.mark.skipif(not KNOWS_PARTS, reason="transformers and PEFT cannot load an adapter into parts yet")
 
 CASES = [
     {"name": "pairs", "eval_strategy": "steps", "eval_steps": 1, "sample_generations": 1, "sample_max_new_tokens": 2},
