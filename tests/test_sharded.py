@@ -14,12 +14,13 @@ import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel, import_utils
 from safetensors.torch import load_file
-from sharded_run import run, save_base
 from transformers import AutoModelForCausalLM
 
 from qlora_dpo import QLoRADPOConfig
 from qlora_dpo.arguments import require_shardable
 from qlora_dpo.reference import BaseReference, InitialReference
+
+from sharded_run import run, save_base
 
 KNOWS_PARTS = getattr(import_utils, "is_transformers_dtensor_tp", False)
 shares = pytest.mark.skipif(not KNOWS_PARTS, reason="transformers and PEFT cannot load an adapter into parts yet")
