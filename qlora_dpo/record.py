@@ -9,11 +9,20 @@ from typing import Any
 
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, cached_file
 
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
 from qlora_dpo.origins import base_commit, base_licence, versions
-from qlora_dpo.paths import RECORD_NAME, UNKNOWN, local_adapter, saved_adapter
+from qlora_dpo.paths import (
+    RECORD_NAME,
+    UNKNOWN,
+    at_revision,
+    local_adapter,
+    naming,
+    saved_adapter,
+    split_revision,
+)
 from qlora_dpo.reference import Reference, reference_hash
 
 
@@ -159,6 +168,26 @@ def read_record(folder: str) -> AdapterRecord:
 def _lasting(source: str | None) -> str | None:
     """A source that leads to the same from another folder: paths that are there in full, ids as they are."""
     return str(Path(source).absolute()) if source is not None and Path(source).exists() else source
+
+
+def require_base(record: AdapterRecord, folder: str, **options: Any) -> None:
+    """See that the base of a record can be found, before anything is loaded.
+
+    Args:
+        record: The record.
+        folder: Folder or Hub id that it lies in.
+        **options: For the Hub (`token`, `cache_dir`, ...).
+
+    Raises:
+        FileNotFoundError: If it cannot.
+    """
+    with naming(
+        f"The base of the adapter {folder} must be a folder or a Hub id, got {record.base} from its {RECORD_NAME}",
+        f"Put it there, log in for a private one, or write where it is as `base` into {RECORD_NAME}.",
+    ):
+        name, revision = split_revision(record.base, "base")
+        with at_revision("base", name, revision or record.base_revision):
+            cached_file(name, CONFIG_NAME, revision=revision or record.base_revision, **options)
 
 
 def weights_hash(folder: str) -> str:

@@ -338,3 +338,19 @@ def test_rows_that_cannot_be_scored_are_counted_and_the_status_is_1_also_when_ru
         assert "got 2 with an error" in shown.err
         assert "(first: row 0: A data set must have the columns" in shown.err
     assert len(target.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("base", ["/gone/base", "me/gone"])
+def test_a_recorded_base_that_cannot_be_found_is_named(base_folder, rows_file, tmp_path, capsys, base):
+    path = Path(trained_in(tmp_path / "run", base_folder, rows_file), "qlora_dpo.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base": base}))
+    others = {
+        "evaluate": ["--dataset_name", rows_file],
+        "score": ["--source", rows_file, "--target", str(tmp_path / "t")],
+    }
+    for command, words in others.items():
+        assert main([command, "--adapter", str(tmp_path / "run"), *words]) == 2
+        shown = capsys.readouterr().err.splitlines()[-1]
+        assert f"The base of the adapter {tmp_path / 'run'} must be" in shown
+        assert f"got {base} from its qlora_dpo.json" in shown
+        assert "write where it is as `base` into qlora_dpo.json" in shown
