@@ -19,7 +19,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, sequences
+from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, json_row, sequences
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.lora import use_fast_lora
@@ -320,12 +320,7 @@ def _rows_behind(source: str, done: int, numbers: list[int]) -> Iterator[dict[st
         for number, line in enumerate(file):
             if number < done or not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise ValueError(f"Line {number + 1} of {source} must be a JSON object, got {line[:40]!r}. Correct it.")
+            row = json_row(line, number + 1, source)
             numbers.append(number)
             yield row
 
