@@ -403,7 +403,7 @@ def load_tokenizer(path_or_id: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         except (OSError, ValueError) as error:
             if Path(name).is_dir() and not any(found for file in TOKENIZER_FILES for found in Path(name).glob(file)):
                 raise FileNotFoundError(
-                    f"The folder {name} must hold a tokenizer, got no tokenizer files ({TOKENIZER_FILES[0]}, ...). Save "
+                    f"The folder {name} must hold a tokenizer, got none of its files ({TOKENIZER_FILES[0]}, ...). Save "
                     "it there with tokenizer.save_pretrained."
                 ) from error
             raise

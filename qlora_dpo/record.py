@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import CONFIG_NAME, cached_file
 
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
+from qlora_dpo.checkpoints import last_intact
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
 from qlora_dpo.origins import base_commit, base_licence, versions
 from qlora_dpo.paths import (
@@ -158,11 +160,26 @@ def read_record(folder: str) -> AdapterRecord:
     """
     path = Path(local_adapter(folder), RECORD_NAME)
     if not path.is_file():
-        raise FileNotFoundError(f"The adapter must lie beside its {RECORD_NAME}, got none in {folder}. Train it again.")
+        raise FileNotFoundError(
+            f"The adapter must lie beside its {RECORD_NAME}, got {folder}, {_without_record(path.parent)}"
+        )
     found = json.loads(path.read_text())
     found.setdefault("loss", {name: found[name] for name in LOSS_FIELDS if name in found})  # as 0.1.0 wrote it
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
     return AdapterRecord(**{name: value for name, value in found.items() if name in known})
+
+
+def _without_record(folder: Path) -> str:
+    """What a folder without a record is, and what to do."""
+    intact = last_intact(str(folder))
+    if intact is not None:
+        go_on = ", or finish the training with --resume_from_checkpoint true" if intact[1] else ""
+        return f"where a training was stopped. Name its last complete checkpoint, {intact[0]}{go_on}."
+    if Path(folder, ADAPTER_CONFIG_NAME).is_file():
+        return "an adapter that was not saved here. Save it with QLoRADPOTrainer.save_model()."
+    if Path(folder, CONFIG_NAME).is_file():
+        return "a whole model. Name an adapter that was trained on it."
+    return "which holds no adapter. Check the path."
 
 
 def _lasting(source: str | None) -> str | None:

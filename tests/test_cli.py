@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -221,6 +222,30 @@ def test_help_of_evaluate_lists_what_an_evaluation_uses(capsys):
         if field.init:
             assert (f"--{field.name} " in shown) == (field.name in EVALUATION_FIELDS), field.name
     assert {field.name for field in dataclasses.fields(QLoRADPOConfig)}.issuperset(EVALUATION_FIELDS)
+
+
+def test_what_is_evaluated_instead_of_an_adapter_is_said(base_folder, rows_file, tmp_path, capsys):
+    def said(adapter):
+        assert main(["evaluate", "--adapter", str(adapter), "--dataset_name", rows_file]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    words = train_words(base_folder, rows_file, tmp_path / "run")
+    words[words.index("--save_strategy") + 1] = "steps"
+    assert main([*words, "--save_steps", "1"]) == 0
+    (tmp_path / "run" / "qlora_dpo.json").unlink()
+    last = tmp_path / "run" / "checkpoint-2"
+    on = ", or finish the training with --resume_from_checkpoint true."
+    assert f"{tmp_path / 'run'}, where a training was stopped. Name its last complete checkpoint, {last}{on}" in said(
+        tmp_path / "run"
+    )
+    (last / "manifest.json").unlink()
+    assert "checkpoint-1, or finish" in said(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    assert "an adapter that was not saved here. Save it with" in said(tmp_path / "run")
+    assert f"got {base_folder}, a whole model. Name an adapter that was trained on it." in said(base_folder)
+    assert "which holds no adapter. Check the path." in said(tmp_path)
+    assert "must be a folder or a Hub id, got ./gone. Check the path." in said("./gone")
+    assert "must be a folder or a Hub id, got gone: no such folder, and from the Hub" in said("gone")
 
 
 def test_an_unknown_command_is_refused(capsys):

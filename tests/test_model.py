@@ -240,5 +240,5 @@ def test_a_stack_is_found_from_another_folder(base_folder, tokenizer, make_args,
 def test_a_folder_without_a_tokenizer_is_named(base_folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(base_folder, name), tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"The folder {tmp_path} must hold a tokenizer, got no tokenizer files"):
+    with pytest.raises(FileNotFoundError, match=f"The folder {tmp_path} must hold a tokenizer, got none of its files"):
         load_tokenizer(str(tmp_path))
