@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
 from qlora_dpo.config import QLoRADPOConfig
-from qlora_dpo.data import DataReport, prepare_dataset, show, value_columns
+from qlora_dpo.data import prepare_dataset, value_columns
+from qlora_dpo.data_report import DataReport, show
 from qlora_dpo.layouts import GroupCollator
 from qlora_dpo.metrics import HIGHER_IS_BETTER, best_metric_key
 from qlora_dpo.model import attach_adapter, is_quantized, load_base, load_policy, load_tokenizer, with_pad_token

@@ -127,6 +127,15 @@ def _checkpoints(run: str) -> list[Path]:
     return sorted(numbers, key=numbers.__getitem__)
 
 
+def last_intact(run: str) -> tuple[Path, bool] | None:
+    """The checkpoint with the highest step whose files are as they were written, and whether a run can go on from it.
+
+    None if there is none: one that was cut off while it was written does not count.
+    """
+    found = ((folder, damage(folder)) for folder in reversed(_checkpoints(run)))
+    return next(((folder, wrong is None) for folder, wrong in found if wrong in (None, _WITHOUT_OPTIMIZER)), None)
+
+
 def checkpoint_to_resume(asked: str | bool | None, run: str) -> str | None:
     """The whole checkpoint that a run is to go on from; None to begin anew.
 

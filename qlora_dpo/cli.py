@@ -34,6 +34,7 @@ from qlora_dpo.record import (
     read_record,
     recorded_options,
     recorded_reference,
+    require_base,
     require_known,
     warn_of_reference,
     weights_hash,
@@ -261,6 +262,7 @@ def evaluate(words: Sequence[str]) -> None:
     if args.reference == UNKNOWN:
         args.reference = recorded_reference(record, given="ref_logps" in value_columns(rows.column_names))
     require_known(record, args.reference)
+    require_base(record, chosen.adapter)
     quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
     policy = load_policy(
         record.base,

@@ -1,22 +1,23 @@
-"""From rows of preference data to tokenised groups, and a report of what happened to them.
+"""From files to rows of preference data, and from rows to tokenised groups.
 
 Nothing downstream knows of chat templates, special tokens or truncation.
 """
 
 import glob
-import sys
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.preferences import FORMS, PAIR_VALUES, Preference, decoded, parse_row, unused_columns, without_nulls
+from qlora_dpo.data_report import DataReport, data_report
+from qlora_dpo.preferences import FORMS, PAIR_VALUES, Preference, decoded, parse_row, without_nulls
 
 DATA_VERSION = 4
 """Part of the cache key of tokenised data: raise it when the same row gives other tokens."""
@@ -72,7 +73,7 @@ def load_rows(path_or_id: str, split: str = "train", name: str | None = None) ->
 
     Raises:
         FileNotFoundError: If it looks like a local path and is not there.
-        ValueError: If a file's type is not known.
+        ValueError: If a file's type is not known, or it is not what its type says; a line at fault is named.
     """
     path = Path(path_or_id).expanduser()
     if path.is_file():
@@ -80,16 +81,23 @@ def load_rows(path_or_id: str, split: str = "train", name: str | None = None) ->
             raise ValueError(f"A data file must have rows, got none in {path}. Check how it was written.")
         if path.suffix not in _FILE_TYPES:
             raise ValueError(f"A data file must end in one of {sorted(_FILE_TYPES)}, got {path}. Convert it.")
-        try:
+    try:
+        if path.is_file():
             return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split=split)
-        except ValueError as error:
-            if "Unknown split" not in str(error):
-                raise
+        return _load(path_or_id, path, split, name)
+    except (ValueError, DatasetGenerationError) as error:
+        if path.is_file() and "Unknown split" in str(error):
             raise ValueError(
                 f"A data file has one split, `train`, got {split!r}. Use slices of it, such as 'train[:90%]' and "
                 "'train[90%:]'."
             ) from error
-    return _load(path_or_id, path, split, name)
+        for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
+            _require_json(file)
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"The data set {path_or_id} must be rows of one form, got: {error.__cause__}. Correct it."
+        ) from error
 
 
 def _load(path_or_id: str, path: Path, split: str, name: str | None) -> Dataset:
@@ -98,6 +106,44 @@ def _load(path_or_id: str, path: Path, split: str, name: str | None) -> Dataset:
     if looks_local and not path.is_dir():
         raise FileNotFoundError(f"The data set must be a file, a folder or a Hub id, got {path}. Check the path.")
     return load_dataset(str(path) if path.is_dir() else path_or_id, name, split=split)
+
+
+def _require_json(path: Path) -> None:
+    """Name the first line of a JSON file that is at fault, if it is one and one is.
+
+    Raises:
+        ValueError: If so.
+    """
+    if _FILE_TYPES.get(path.suffix) != "json":
+        return
+    with path.open("rb") as file:
+        if path.suffix == ".json" and file.read(1) == b"[":
+            try:
+                json.loads(path.read_bytes())
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"Line {error.lineno} of {path} must be JSON, got: {error.msg}. Correct it."
+                ) from error
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                json_row(line, number, path)
+
+
+def json_row(line: bytes, number: int, source: str | Path) -> dict[str, Any]:
+    """A line of a .jsonl file as a row.
+
+    Raises:
+        ValueError: If it is no JSON object; it names the file and the number of the line, from 1.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"Line {number} of {source} must be a JSON object, got {line.strip()[:40]!r}. Correct it.")
+    return row
 
 
 def _common_prefix(ids: Sequence[int], others: Sequence[Sequence[int]]) -> int:
@@ -293,101 +339,6 @@ def _values(
     return found
 
 
-@dataclass(frozen=True)
-class DataReport:
-    """What became of a data set, printed at the start of a run.
-
-    Token lengths are of prompt + completion. `tokens_padded` is what one padded row per completion would compute at
-    this batch size in data order, and `tokens` what is placed in rows: each prompt and completion once.
-    """
-
-    name: str
-    rows: int
-    groups: int
-    pairs: int
-    dropped: dict[str, int]
-    unused_columns: list[str]
-    length_median: int
-    length_p95: int
-    length_max: int
-    truncated_share: float
-    boundary_moved_share: float
-    tokens: int
-    tokens_padded: int
-    example: str
-
-    @property
-    def tokens_saved(self) -> float:
-        """Share of the padded tokens that is not computed."""
-        return 1 - self.tokens / self.tokens_padded
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.name} data: {self.rows:,} rows -> {self.groups:,} groups, {self.pairs:,} pairs",
-            f"  prompt + completion: median {self.length_median:,}, p95 {self.length_p95:,}, max {self.length_max:,} "
-            f"tokens; truncated rows: {self.truncated_share:.1%}",
-            f"  tokens computed: {self.tokens:,}, {self.tokens_saved:.0%} fewer than one padded row per completion",
-        ]
-        lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
-        if self.boundary_moved_share:
-            lines.append(
-                f"  prompt ends before its last token in {self.boundary_moved_share:.1%} of rows: alone it is "
-                "tokenised or rendered differently"
-            )
-        if self.unused_columns:
-            lines.append(f"  columns not used: {', '.join(self.unused_columns)}")
-        return "\n".join([*lines, self.example])
-
-
-def _padded_tokens(lengths: Sequence[np.ndarray], batch_size: int) -> int:
-    """Tokens of one padded row per completion, for batches of `batch_size` groups in data order."""
-    batches = [np.concatenate(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size)]
-    return int(sum(batch.size * batch.max() for batch in batches))
-
-
-def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:
-    """The first pair as the model sees it, special tokens shown."""
-    w, l = row["pairs"][0]
-    parts = {"prompt": row["prompt_ids"], "chosen": row["completion_ids"][w], "rejected": row["completion_ids"][l]}
-    lines = ["  first pair, as the model sees it:"]
-    for name, ids in parts.items():
-        text = repr(tokenizer.decode(ids))
-        if len(text) > width:
-            text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
-        lines.append(f"    {name:8} {len(ids):5,} tokens  {text}")
-    return "\n".join(lines)
-
-
-def _report(
-    name: str,
-    mapped: Dataset,
-    kept: Dataset,
-    columns: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-) -> DataReport:
-    prompt_lengths = [len(ids) for ids in kept["prompt_ids"]]
-    completion_lengths = [np.array([len(ids) for ids in group]) for group in kept["completion_ids"]]
-    wholes = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
-    lengths = np.concatenate(wholes)
-    return DataReport(
-        name=name,
-        rows=len(mapped),
-        groups=len(kept),
-        pairs=sum(len(pairs) for pairs in kept["pairs"]),
-        dropped=dict(Counter(reason for reason in mapped["dropped"] if reason)),
-        unused_columns=unused_columns(columns),
-        length_median=int(np.median(lengths)),
-        length_p95=int(np.percentile(lengths, 95)),
-        length_max=int(lengths.max()),
-        truncated_share=float(np.mean(mapped["truncated"])),
-        boundary_moved_share=float(np.mean(mapped["boundary_moved"])),
-        tokens=int(sum(prompt_lengths) + sum(int((c - 1).sum()) for c in completion_lengths)),
-        tokens_padded=_padded_tokens(wholes, batch_size),
-        example=_example(kept[0], tokenizer),
-    )
-
-
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -452,7 +403,7 @@ def prepare_dataset(
         reasons = "; ".join(f"{count}: {reason}" for reason, count in Counter(mapped["dropped"]).items())
         raise ValueError(f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}).")
     kept = mapped.select(keep).select_columns([*GROUP_COLUMNS, *values, *about])
-    return kept, _report(name, mapped, kept, columns, tokenizer, batch_size)
+    return kept, data_report(name, mapped, kept, columns, tokenizer, batch_size)
 
 
 def _numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -486,12 +437,6 @@ def _recognised(columns: Sequence[str]) -> bool:
     names = set(columns)
     ranked = "completions" in names and bool(names & {"prompt", "conversations"})
     return {"chosen", "rejected"} <= names or (ranked and bool(names & {"pairs", "scores", "ranks"}))
-
-
-def show(report: DataReport | None) -> None:
-    """Print a report where progress bars go."""
-    if report is not None:
-        print(report, file=sys.stderr)
 
 
 def as_named(dataset: Any) -> dict[str, Any]:

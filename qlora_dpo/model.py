@@ -39,6 +39,7 @@ from qlora_dpo.config import best_precision
 from qlora_dpo.offload import keep_embeddings_on_cpu, require_frozen_embeddings
 from qlora_dpo.paths import (
     RECORD_NAME,
+    TOKENIZER_FILES,
     UNKNOWN,
     adapter_folder,
     at_revision,
@@ -383,7 +384,11 @@ def require_all_weights(policy: PeftModel, source: str, name: str) -> None:
 
 
 def load_tokenizer(path_or_id: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model or adapter, with a padding token (EOS if it has none)."""
+    """The tokenizer beside a model or adapter, with a padding token (EOS if it has none).
+
+    Raises:
+        FileNotFoundError: If a folder has none.
+    """
     if adapter_folder(path_or_id):
         folder = local_adapter(path_or_id)
         if list(Path(folder).glob("tokenizer*")):
@@ -394,7 +399,15 @@ def load_tokenizer(path_or_id: str, **kwargs: Any) -> PreTrainedTokenizerBase:
             kwargs.setdefault("revision", config.revision or "main")
     name, kwargs = with_revision(path_or_id, kwargs, "tokenizer")
     with at_revision("tokenizer", name, kwargs.get("revision")):
-        return with_pad_token(AutoTokenizer.from_pretrained(name, **kwargs))
+        try:
+            return with_pad_token(AutoTokenizer.from_pretrained(name, **kwargs))
+        except (OSError, ValueError) as error:
+            if Path(name).is_dir() and not any(found for file in TOKENIZER_FILES for found in Path(name).glob(file)):
+                raise FileNotFoundError(
+                    f"The folder {name} must hold a tokenizer, got none of its files ({TOKENIZER_FILES[0]}, ...). Save "
+                    "it there with tokenizer.save_pretrained."
+                ) from error
+            raise
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -82,6 +82,24 @@ def at_revision(what: str, name: str, revision: str | None) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def naming(rule: str, way_out: str) -> Iterator[None]:
+    """Say what named a path or id that nothing can be loaded from; what loads it, or the Hub's client, often does not.
+
+    Args:
+        rule: What must hold, and what was got.
+        way_out: What to do.
+
+    Raises:
+        FileNotFoundError: If it cannot be loaded, with the first sentence of the reason.
+    """
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise FileNotFoundError(f"{rule} ({reason}). {way_out}") from error
+
+
 def adapter_folder(path_or_id: str, token: str | bool | None = None) -> bool:
     """Whether a folder or a Hub id holds an adapter."""
     name, revision = split_revision(path_or_id, "model")

@@ -256,8 +256,12 @@ def _list(value: Any, name: str) -> list[Any]:
     return list(found)
 
 
-def _require(condition: bool, row: Mapping[str, Any]) -> None:
+def _require(condition: bool, row: Mapping[str, Any], needed: Sequence[str]) -> None:
+    """Refuse a row without what it needs, and say which of that is there and null."""
     if not condition:
+        for name in needed:
+            if name in row and row[name] is None:
+                raise ValueError(f"`{name}` must be text or a list, got null. Fill it in, or remove the row.")
         raise ValueError(f"A data set must have the columns {FORMS}, got {sorted(row)}. Rename or add columns.")
 
 
@@ -286,20 +290,20 @@ def parse_row(row: Mapping[str, Any], pair_strategy: str = "all") -> Preference:
     >>> parse_row({"prompt": "2 + 2 =", "completions": [" 4", " 5"], "ranks": [1, 2]}).pairs
     [(0, 1)]
     """
-    row = {key: value for key, value in row.items() if value is not None}
+    given, row = row, {key: value for key, value in row.items() if value is not None}
     for name in row.keys() & {"completions", *_VERDICTS}:
         row[name] = _list(row[name], name)
     if "prompt" not in row and "conversations" in row:
         row["prompt"] = row["conversations"]
     if "completions" in row:
-        _require("prompt" in row and bool(row.keys() & _VERDICTS), row)
+        _require("prompt" in row and bool(row.keys() & _VERDICTS), given, ("prompt", *sorted(_VERDICTS)))
         prompt: Text | None = _text(row["prompt"], "prompt")
         completions = [_text(completion, "completions") for completion in row["completions"]]
         if len(completions) < 2:
             raise ValueError(f"`completions` must hold two or more, got {len(completions)}. Remove the row.")
         pairs = _pairs_of(row, len(completions), pair_strategy)
     else:
-        _require("chosen" in row and "rejected" in row, row)
+        _require("chosen" in row and "rejected" in row, given, ("chosen", "rejected", "completions"))
         chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
         prompt = _text(row["prompt"], "prompt") if "prompt" in row else None
         prompt, completions = _two_sides(prompt, chosen, rejected)

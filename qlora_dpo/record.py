@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, cached_file
 
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
+from qlora_dpo.checkpoints import last_intact
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
 from qlora_dpo.origins import base_commit, base_licence, versions
-from qlora_dpo.paths import RECORD_NAME, UNKNOWN, lasting, local_adapter, saved_adapter
+from qlora_dpo.paths import (
+    RECORD_NAME,
+    UNKNOWN,
+    at_revision,
+    lasting,
+    local_adapter,
+    naming,
+    saved_adapter,
+    split_revision,
+)
 from qlora_dpo.reference import Reference, reference_hash
 
 
@@ -149,11 +161,46 @@ def read_record(folder: str) -> AdapterRecord:
     """
     path = Path(local_adapter(folder), RECORD_NAME)
     if not path.is_file():
-        raise FileNotFoundError(f"The adapter must lie beside its {RECORD_NAME}, got none in {folder}. Train it again.")
+        raise FileNotFoundError(
+            f"The adapter must lie beside its {RECORD_NAME}, got {folder}, {_without_record(path.parent)}"
+        )
     found = json.loads(path.read_text())
     found.setdefault("loss", {name: found[name] for name in LOSS_FIELDS if name in found})  # as 0.1.0 wrote it
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
     return AdapterRecord(**{name: value for name, value in found.items() if name in known})
+
+
+def _without_record(folder: Path) -> str:
+    """What a folder without a record is, and what to do."""
+    intact = last_intact(str(folder))
+    if intact is not None:
+        go_on = ", or finish the training with --resume_from_checkpoint true" if intact[1] else ""
+        return f"where a training was stopped. Name its last complete checkpoint, {intact[0]}{go_on}."
+    if Path(folder, ADAPTER_CONFIG_NAME).is_file():
+        return "an adapter that was not saved here. Save it with QLoRADPOTrainer.save_model()."
+    if Path(folder, CONFIG_NAME).is_file():
+        return "a whole model. Name an adapter that was trained on it."
+    return "which holds no adapter. Check the path."
+
+
+def require_base(record: AdapterRecord, folder: str, **options: Any) -> None:
+    """See that the base of a record can be found, before anything is loaded.
+
+    Args:
+        record: The record.
+        folder: Folder or Hub id that it lies in.
+        **options: For the Hub (`token`, `cache_dir`, ...).
+
+    Raises:
+        FileNotFoundError: If it cannot.
+    """
+    with naming(
+        f"The base of the adapter {folder} must be a folder or a Hub id, got {record.base} from its {RECORD_NAME}",
+        f"Put it there, log in for a private one, or write where it is as `base` into {RECORD_NAME}.",
+    ):
+        name, revision = split_revision(record.base, "base")
+        with at_revision("base", name, revision or record.base_revision):
+            cached_file(name, CONFIG_NAME, revision=revision or record.base_revision, **options)
 
 
 def weights_hash(folder: str) -> str:

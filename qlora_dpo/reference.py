@@ -6,6 +6,7 @@ The reference pass runs before the policy's, so its activations never sit on top
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from qlora_dpo.averaging import Factors, averaged, recompressed
 from qlora_dpo.cache import weights_fingerprint
 from qlora_dpo.forward import install_scoring, noise_off, score_batch
 from qlora_dpo.model import adapters_below, add_saved_adapter, is_quantized, keep_one_arithmetic, load_base
-from qlora_dpo.paths import adapter_folder, check_path
+from qlora_dpo.paths import adapter_folder, check_path, naming
 
 REFERENCES = ("auto", "base", "initial", "none")
 """What the option `reference` names; anything else is a path or id."""
@@ -477,7 +478,13 @@ def _loaded(
 ) -> Reference:
     """An adapter, on what it was stacked on, or a model by its path or id."""
     source = check_path(path_or_id, "reference")
-    if not adapter_folder(source):
-        return ModelReference(load_base(source, quantize=in_4bit, **model_kwargs), chunk_size, source)
-    names = [add_saved_adapter(policy, one, ADAPTER_NAME) for one in (*adapters_below(source), source)]
+    close = get_close_matches(path_or_id, REFERENCES, n=1)
+    hint = f"Did you mean {close[0]}?" if close else "Check the path, or the id, and for a private one the login."
+    with naming(
+        f"`reference` must be one of {list(REFERENCES)}, or the path or id of an adapter or a model, got {path_or_id}",
+        hint,
+    ):
+        if not adapter_folder(source):
+            return ModelReference(load_base(source, quantize=in_4bit, **model_kwargs), chunk_size, source)
+        names = [add_saved_adapter(policy, one, ADAPTER_NAME) for one in (*adapters_below(source), source)]
     return AdapterReference(policy, names, chunk_size, source)

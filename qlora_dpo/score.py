@@ -19,7 +19,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, sequences
+from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, json_row, sequences
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.lora import use_fast_lora
@@ -27,13 +27,21 @@ from qlora_dpo.model import load_policy, load_tokenizer
 from qlora_dpo.paths import saved_adapter
 from qlora_dpo.preferences import PAIR_VALUES, Preference, parse_row
 from qlora_dpo.proof import extreme_groups, prove_model
-from qlora_dpo.record import read_record, recorded_reference, require_known, warn_of_reference, weights_hash
+from qlora_dpo.record import (
+    read_record,
+    recorded_reference,
+    require_base,
+    require_known,
+    warn_of_reference,
+    weights_hash,
+)
 from qlora_dpo.reference import ModelReference, Reference, make_reference
 
 OUTPUTS = ("row", "rewards", "logps", "reference_logps", "tokens", "ranking", "margin", "error")
 """Keys that are written here; those that a row brings from an earlier scoring are not kept."""
 # Not `ref_logps`: a data set with that column is trained on with its numbers as the reference.
 _UNREAD = {"pairs", "scores", "ranks", *PAIR_VALUES, "ref_logps", "ref_chosen_logps", "ref_rejected_logps"}
+_HUB = ("token", "cache_dir", "local_files_only")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,7 +91,7 @@ def load_scorer(adapter: str, reference: str | None = None, base: str | None = N
         **model_kwargs: Passed to `from_pretrained` (`device_map`, `trust_remote_code`, ...).
 
     Raises:
-        FileNotFoundError: If there is no record.
+        FileNotFoundError: If there is no record, or its base is not there.
         ValueError: If the recorded reference cannot be had again, or the one named is the trained policy itself.
     """
     record = read_record(adapter)
@@ -93,6 +101,8 @@ def load_scorer(adapter: str, reference: str | None = None, base: str | None = N
             f"`reference` must be 'base', 'none' or a path or id, got '{asked}'. Leave it out or name one."
         )
     require_known(record, asked)
+    if base is None:
+        require_base(record, adapter, **{name: model_kwargs[name] for name in _HUB if name in model_kwargs})
     quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
     options = {"dtype": getattr(torch, record.dtype), "revision": record.base_revision or "main"} | model_kwargs
     policy = load_policy(
@@ -320,12 +330,7 @@ def _rows_behind(source: str, done: int, numbers: list[int]) -> Iterator[dict[st
         for number, line in enumerate(file):
             if number < done or not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise ValueError(f"Line {number + 1} of {source} must be a JSON object, got {line[:40]!r}. Correct it.")
+            row = json_row(line, number + 1, source)
             numbers.append(number)
             yield row
 

@@ -273,6 +273,30 @@ def test_help_of_evaluate_lists_what_an_evaluation_uses(capsys):
     assert {field.name for field in dataclasses.fields(QLoRADPOConfig)}.issuperset(EVALUATION_FIELDS)
 
 
+def test_what_is_evaluated_instead_of_an_adapter_is_said(base_folder, rows_file, tmp_path, capsys):
+    def said(adapter):
+        assert main(["evaluate", "--adapter", str(adapter), "--dataset_name", rows_file]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    words = train_words(base_folder, rows_file, tmp_path / "run")
+    words[words.index("--save_strategy") + 1] = "steps"
+    assert main([*words, "--save_steps", "1"]) == 0
+    (tmp_path / "run" / "qlora_dpo.json").unlink()
+    last = tmp_path / "run" / "checkpoint-2"
+    on = ", or finish the training with --resume_from_checkpoint true."
+    assert f"{tmp_path / 'run'}, where a training was stopped. Name its last complete checkpoint, {last}{on}" in said(
+        tmp_path / "run"
+    )
+    (last / "manifest.json").unlink()
+    assert "checkpoint-1, or finish" in said(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    assert "an adapter that was not saved here. Save it with" in said(tmp_path / "run")
+    assert f"got {base_folder}, a whole model. Name an adapter that was trained on it." in said(base_folder)
+    assert "which holds no adapter. Check the path." in said(tmp_path)
+    assert "must be a folder or a Hub id, got ./gone. Check the path." in said("./gone")
+    assert "must be a folder or a Hub id, got gone: no such folder, and from the Hub" in said("gone")
+
+
 def test_an_unknown_command_is_refused(capsys):
     assert main(["trian"]) == 2
     assert "got trian" in capsys.readouterr().err
@@ -424,3 +448,19 @@ def test_rows_that_cannot_be_scored_are_counted_and_the_status_is_1_also_when_ru
         assert "got 2 with an error" in shown.err
         assert "(first: row 0: A data set must have the columns" in shown.err
     assert len(target.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("base", ["/gone/base", "me/gone"])
+def test_a_recorded_base_that_cannot_be_found_is_named(base_folder, rows_file, tmp_path, capsys, base):
+    path = Path(trained_in(tmp_path / "run", base_folder, rows_file), "qlora_dpo.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base": base}))
+    others = {
+        "evaluate": ["--dataset_name", rows_file],
+        "score": ["--source", rows_file, "--target", str(tmp_path / "t")],
+    }
+    for command, words in others.items():
+        assert main([command, "--adapter", str(tmp_path / "run"), *words]) == 2
+        shown = capsys.readouterr().err.splitlines()[-1]
+        assert f"The base of the adapter {tmp_path / 'run'} must be" in shown
+        assert f"got {base} from its qlora_dpo.json" in shown
+        assert "write where it is as `base` into qlora_dpo.json" in shown

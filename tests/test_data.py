@@ -1,5 +1,7 @@
 """Token ids, boundaries, truncation, what is dropped, and the report that says so."""
 
+import re
+
 import pytest
 from datasets import Dataset
 from tokenizers import processors
@@ -213,6 +215,33 @@ def test_an_unknown_file_type_is_refused(tmp_path):
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(ValueError, match="Convert it"):
         load_rows(str(tmp_path / "rows.txt"))
+
+
+@pytest.mark.parametrize("row", ['{"prompt":', "[1]", "}"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_line_that_is_no_row_is_named_with_its_file(tmp_path, row, first):
+    path, good = tmp_path / "rows.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+    path.write_text("\n".join([row, good] if first else [good, "", good, row, good]))
+    message = re.escape(f"Line {1 if first else 4} of {path} must be a JSON object, got {row.encode()!r}")
+    for name in (path, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            load_rows(str(name))
+
+
+def test_a_fault_in_a_list_of_rows_is_named_with_its_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[\n{"prompt": "a", "chosen": "b", "rejected": "c"},\n{"prompt": "a" "chosen": "b"}]')
+    with pytest.raises(ValueError, match=f"Line 3 of {re.escape(str(path))} must be JSON, got: Expecting ','"):
+        load_rows(str(path))
+
+
+def test_a_file_whose_rows_cannot_be_read_is_named_with_the_reason(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,chosen,rejected\na,b,c\na,b,c,d\n")
+    with pytest.raises(
+        ValueError, match=f"The data set {re.escape(str(path))} must be rows of one form, got: .* line 3"
+    ):
+        load_rows(str(path))
 
 
 # ---- numbers for pairs and completions -------------------------------------------------------------------------------

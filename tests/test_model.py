@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -234,3 +235,10 @@ def test_a_stack_is_found_from_another_folder(base_folder, tokenizer, make_args,
     trainer_of(tokenizer, make_args(output_dir="dpo"), policy=policy).save_model()
     monkeypatch.chdir("/")
     assert len(load_policy(str(tmp_path / "dpo")).active_adapters) == 2
+
+
+def test_a_folder_without_a_tokenizer_is_named(base_folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(base_folder, name), tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"The folder {tmp_path} must hold a tokenizer, got none of its files"):
+        load_tokenizer(str(tmp_path))

@@ -94,3 +94,17 @@ def test_all_equal_scores_make_no_pair_at_all(strategy):
 def test_bad_rows_are_refused(row, message):
     with pytest.raises(ValueError, match=message):
         parse_row(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"prompt": "a", "chosen": None, "rejected": "c"}, "chosen"),
+        ({"prompt": "a", "chosen": "b", "rejected": None, "completions": None}, "rejected"),
+        ({"prompt": None, "completions": ["a", "b"], "scores": [1, 2]}, "prompt"),
+        ({"prompt": "a", "completions": ["a", "b"], "scores": None}, "scores"),
+    ],
+)
+def test_a_null_is_named(row, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be text or a list, got null. Fill it in, or remove the row"):
+        parse_row(row)

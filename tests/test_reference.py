@@ -1,6 +1,7 @@
 """The reference: whatever it is, bit for bit, never moving unless it should, and everything as it was afterwards."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from qlora_dpo.adapters import adapters_active, adapters_disabled, frozen_adapte
 from qlora_dpo.averaging import averaged, recompressed
 from qlora_dpo.forward import install_scoring, noise_off, score_batch
 from qlora_dpo.layouts import Group, make_batch
+from qlora_dpo.model import load_policy
 from qlora_dpo.reference import fingerprint, make_reference, reference_hash
 
 from tiny_chat import CHAT_ROWS, build_tiny_llama
@@ -586,3 +588,10 @@ def test_a_trained_policy_that_is_evaluated_against_itself_is_warned_about(token
     trainer = QLoRADPOTrainer(policy, args=make_args(), eval_dataset=rows, processing_class=tokenizer)
     with pytest.warns(UserWarning, match="compared with itself"):
         assert trainer.evaluate()["eval_rewards/margins"] == 0
+
+
+@pytest.mark.parametrize(("asked", "hint"), [("bse", "Did you mean base?"), ("me/no-such-model", "Check the path, or")])
+def test_a_reference_that_cannot_be_found_is_named_with_the_option(base_folder, asked, hint):
+    listed = r"`reference` must be one of \['auto', 'base', 'initial', 'none'\], or the path or id of"
+    with pytest.raises(FileNotFoundError, match=f"{listed} .*, got {asked} .* {re.escape(hint)}"):
+        make_reference(asked, load_policy(base_folder, quantize=False))

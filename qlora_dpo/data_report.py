@@ -1,0 +1,124 @@
+"""What became of the rows of a data set: the report that is printed at the start of a run."""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dpo.preferences import unused_columns
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of a data set, printed at the start of a run.
+
+    Token lengths are of prompt + completion. `tokens_padded` is what one padded row per completion would compute at
+    this batch size in data order, and `tokens` what is placed in rows: each prompt and completion once.
+    """
+
+    name: str
+    rows: int
+    groups: int
+    pairs: int
+    dropped: dict[str, int]
+    unused_columns: list[str]
+    length_median: int
+    length_p95: int
+    length_max: int
+    truncated_share: float
+    boundary_moved_share: float
+    tokens: int
+    tokens_padded: int
+    example: str
+
+    @property
+    def tokens_saved(self) -> float:
+        """Share of the padded tokens that is not computed."""
+        return 1 - self.tokens / self.tokens_padded
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name} data: {self.rows:,} rows -> {self.groups:,} groups, {self.pairs:,} pairs",
+            f"  prompt + completion: median {self.length_median:,}, p95 {self.length_p95:,}, max {self.length_max:,} "
+            f"tokens; truncated rows: {self.truncated_share:.1%}",
+            f"  tokens computed: {self.tokens:,}, {self.tokens_saved:.0%} fewer than one padded row per completion",
+        ]
+        lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
+        if self.boundary_moved_share:
+            lines.append(
+                f"  prompt ends before its last token in {self.boundary_moved_share:.1%} of rows: alone it is "
+                "tokenised or rendered differently"
+            )
+        if self.unused_columns:
+            lines.append(f"  columns not used: {', '.join(self.unused_columns)}")
+        return "\n".join([*lines, self.example])
+
+
+def _padded_tokens(lengths: Sequence[np.ndarray], batch_size: int) -> int:
+    """Tokens of one padded row per completion, for batches of `batch_size` groups in data order."""
+    batches = [np.concatenate(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size)]
+    return int(sum(batch.size * batch.max() for batch in batches))
+
+
+def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:
+    """The first pair as the model sees it, special tokens shown."""
+    w, l = row["pairs"][0]
+    parts = {"prompt": row["prompt_ids"], "chosen": row["completion_ids"][w], "rejected": row["completion_ids"][l]}
+    lines = ["  first pair, as the model sees it:"]
+    for name, ids in parts.items():
+        text = repr(tokenizer.decode(ids))
+        if len(text) > width:
+            text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
+        lines.append(f"    {name:8} {len(ids):5,} tokens  {text}")
+    return "\n".join(lines)
+
+
+def data_report(
+    name: str,
+    mapped: Dataset,
+    kept: Dataset,
+    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+) -> DataReport:
+    """The report.
+
+    Args:
+        name: What the set is called.
+        mapped: Every row, tokenised or dropped.
+        kept: The groups that are left.
+        columns: Columns of the rows.
+        tokenizer: To show the first pair.
+        batch_size: Groups in a batch, for the padded count.
+    """
+    prompt_lengths = [len(ids) for ids in kept["prompt_ids"]]
+    completion_lengths = [np.array([len(ids) for ids in group]) for group in kept["completion_ids"]]
+    wholes = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
+    lengths = np.concatenate(wholes)
+    return DataReport(
+        name=name,
+        rows=len(mapped),
+        groups=len(kept),
+        pairs=sum(len(pairs) for pairs in kept["pairs"]),
+        dropped=dict(Counter(reason for reason in mapped["dropped"] if reason)),
+        unused_columns=unused_columns(columns),
+        length_median=int(np.median(lengths)),
+        length_p95=int(np.percentile(lengths, 95)),
+        length_max=int(lengths.max()),
+        truncated_share=float(np.mean(mapped["truncated"])),
+        boundary_moved_share=float(np.mean(mapped["boundary_moved"])),
+        tokens=int(sum(prompt_lengths) + sum(int((c - 1).sum()) for c in completion_lengths)),
+        tokens_padded=_padded_tokens(wholes, batch_size),
+        example=_example(kept[0], tokenizer),
+    )
+
+
+def show(report: DataReport | None) -> None:
+    """Print a report where progress bars go."""
+    if report is not None:
+        print(report, file=sys.stderr)
