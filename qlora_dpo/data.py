@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dpo.data_report import DataReport, data_report
 from qlora_dpo.preferences import FORMS, PAIR_VALUES, Preference, decoded, parse_row, without_nulls
 
-DATA_VERSION = 4
+DATA_VERSION = 5
 """Part of the cache key of tokenised data: raise it when the same row gives other tokens."""
 
 GROUP_COLUMNS = ["prompt_ids", "completion_ids", "pairs", "row"]
@@ -31,6 +31,7 @@ _FEATURES = Features(
         "row": Value("int64"),
         "truncated": Value("bool"),
         "boundary_moved": Value("bool"),
+        "lost_pairs": Value("int32"),
         "dropped": Value("string"),
     }
 )
@@ -229,7 +230,8 @@ def tokenize_row(
 
     Returns:
         `prompt_ids`, `completion_ids`, `pairs`, `row`; `dropped`: the reason, or "" if the group is kept; for the
-        report `truncated`, `boundary_moved`; and `values`: a number for each pair, `ref_logps` for each completion.
+        report `truncated`, `boundary_moved`, `lost_pairs` (of a kept group); and `values`: a number for each pair,
+        `ref_logps` for each completion.
     """
     about = {"subset": str(row["subset"])} if "subset" in row else {}
     try:
@@ -271,7 +273,7 @@ def _tokenized(
 ) -> dict[str, Any]:
     """What `tokenize_row` returns, but for the row's number."""
     preference = parse_row(row, pair_strategy)
-    group: dict[str, Any] = {"boundary_moved": False, "turns": _turns(preference)}
+    group: dict[str, Any] = {"boundary_moved": False, "lost_pairs": 0, "turns": _turns(preference)}
     found = sequences(row, preference, tokenizer)
     if found is None:
         return group | _dropped(NO_COMMON_START, values)
@@ -319,6 +321,7 @@ def _cut(
         "pairs": [list(pair) for pair in kept_pairs.values()],
         "truncated": truncated,
         "dropped": dropped,
+        "lost_pairs": 0 if dropped else len(preference.pairs) - len(kept_pairs),
         **_values(preference, kept, list(kept_pairs), values),
     }
 

@@ -32,6 +32,7 @@ class DataReport:
     length_max: int
     truncated_share: float
     boundary_moved_share: float
+    lost_pairs: int
     tokens: int
     tokens_padded: int
     example: str
@@ -49,6 +50,10 @@ class DataReport:
             f"  tokens computed: {self.tokens:,}, {self.tokens_saved:.0%} fewer than one padded row per completion",
         ]
         lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
+        if self.lost_pairs:
+            lines.append(
+                f"  left out {self.lost_pairs:,} pairs: both sides are the same, or the same pair is there already"
+            )
         if self.boundary_moved_share:
             lines.append(
                 f"  prompt ends before its last token in {self.boundary_moved_share:.1%} of rows: alone it is "
@@ -112,6 +117,7 @@ def data_report(
         length_max=int(lengths.max()),
         truncated_share=float(np.mean(mapped["truncated"])),
         boundary_moved_share=float(np.mean(mapped["boundary_moved"])),
+        lost_pairs=sum(mapped["lost_pairs"]),
         tokens=int(sum(prompt_lengths) + sum(int((c - 1).sum()) for c in completion_lengths)),
         tokens_padded=_padded_tokens(wholes, batch_size),
         example=_example(kept[0], tokenizer),

@@ -313,3 +313,12 @@ def test_a_tokenised_set_keeps_its_numbers():
     again, report = prepare_dataset(kept, tokenizer, TokenLimits(None))
     assert report is None
     assert group_of(again[0]).weights == [2.0]
+
+
+def test_report_counts_pairs_that_fall_together(tokenizer):
+    texts = [" sees", " finds", " likes", " finds"]
+    rows = Dataset.from_list([{"prompt": "the cat", "completions": texts, "ranks": [1, 2, 3, 4]}])
+    kept, report = prepare_dataset(rows, tokenizer, NO_LIMITS)
+    assert kept[0]["pairs"] == [[0, 1], [0, 2], [1, 2], [2, 1]]
+    assert (report.pairs, report.lost_pairs) == (4, 2)
+    assert "left out 2 pairs: both sides are the same, or the same pair is there already" in str(report)
