@@ -79,6 +79,7 @@ def write_card(
     name: str | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
     draw: bool = True,
+    target: str | None = None,
     **metadata: Any,
 ) -> str:
     """Write the card of a saved adapter, and its charts where the extra `report` is installed.
@@ -88,19 +89,21 @@ def write_card(
         name: Hub id of the adapter, if it has one.
         history: Lines of the training's log; None for those in the folder's `trainer_state.json`.
         draw: Whether to draw charts, which takes most of a second.
+        target: Folder to write them to; None for that of the adapter.
         **metadata: More for the card's head: `language`, `license`, `tags`, `model_name`.
 
     Returns:
         The path of the card.
     """
-    path = Path(folder)
+    path, to = Path(folder), Path(target or folder)
     lines = _history(path) if history is None else history
     charts = curve_charts(lines) if len({line.get("step") for line in lines}) >= FEWEST_STEPS else []
     if draw:
-        write_pictures(path / PICTURES, charts)
-    card = make_card(path, name, lines, [chart.title for chart in charts], metadata)
-    card.save(path / REPOCARD_NAME)
-    return str(path / REPOCARD_NAME)
+        write_pictures(to / PICTURES, charts)
+    files = {chart.title: Path(PICTURES, picture_name(chart.title)) for chart in charts}
+    drawn = [title for title, file in files.items() if (path / file).is_file() or (to / file).is_file()]
+    make_card(path, name, lines, drawn, metadata).save(to / REPOCARD_NAME)
+    return str(to / REPOCARD_NAME)
 
 
 def save_card(folder: str, *args: Any, **kwargs: Any) -> None:
@@ -110,7 +113,7 @@ def save_card(folder: str, *args: Any, **kwargs: Any) -> None:
     except Exception as error:  # whatever it is, the adapter is saved and the run goes on
         warnings.warn(
             f"The card of {folder} could not be written ({type(error).__name__}: {error}); the adapter is saved. "
-            "`qlora-dpo push` writes it anew.",
+            "`qlora-dpo push` makes one anew.",
             stacklevel=2,
         )
 
@@ -136,21 +139,20 @@ def make_card(
         folder: Where it lies.
         name: Its Hub id, if it has one.
         history: Lines of the training's log.
-        curves: Titles of the charts to show, where they lie beside it.
+        curves: Titles of the charts that lie beside it.
         metadata: More for the card's head.
     """
     record = read_record(str(folder))
     lora = json.loads(Path(saved_adapter(str(folder)), "adapter_config.json").read_text())
     judged = _evaluations(folder, record)
     title = str(metadata.get("model_name") or (name or _run_name(folder)).split("/")[-1])
-    pictures = [title for title in curves if (folder / PICTURES / picture_name(title)).is_file()]
     sections = {
         "": _introduction(record, lora),
         "How to load it": _loading(record, lora, name or title),
         "Evaluation": _evaluation(judged),
         "Training": _table(_training(record, lora, history)),
         "Data": _data(record.datasets),
-        "Curves": "\n".join(f"![{escaped(title)}]({PICTURES}/{picture_name(title)})" for title in pictures),
+        "Curves": "\n".join(f"![{escaped(title)}]({PICTURES}/{picture_name(title)})" for title in curves),
         "Limits": _LIMITS,
         "Versions": ", ".join(f"{package} {found}" for package, found in record.versions.items()),
     }
