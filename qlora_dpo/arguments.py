@@ -71,7 +71,7 @@ class Preparation:
 
     Attributes:
         reports: What became of the rows, by the name of the set.
-        origins: Where they come from, by the name of the set.
+        origins: Where they come from: `train`, and for each evaluation, by `result_name`, the rows it was last of.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Preparation:
         self.args, self.objective, self.reference = args, objective, reference
         self.reports: dict[str, DataReport] = {}
         self.origins: dict[str, dict[str, Any]] = {}
+        self._own: dict[str, dict[str, Any]] = {}
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "limits": args.token_limits,
@@ -110,12 +111,33 @@ class Preparation:
     def name(self, which: str, path_or_id: str, config: str | None = None) -> None:
         """Say what a data set was loaded by, where that is known."""
         self.origins[which] = named_origin(self.origins[which], path_or_id, config)
+        if which in self._own:
+            self._own[which] = self.origins[which]
 
     def sets(self, dataset: Any) -> Any:
-        """One data set for evaluation, or several by name."""
+        """The trainer's own data set for evaluation, or several by name."""
         if isinstance(dataset, Mapping):
-            return {name: self(one, name) for name, one in dataset.items()}
-        return self(dataset, "eval")
+            prepared: Any = {name: self(one, result_name(f"eval_{name}")) for name, one in dataset.items()}
+        else:
+            prepared = self(dataset, "eval")
+        self._own = {name: origin for name, origin in self.origins.items() if name != "train"}
+        return prepared
+
+    def again(self, name: str | None, prefix: str) -> None:
+        """Say that an evaluation is of the trainer's own set (of that name), whatever else had its prefix before."""
+        own = self._own.get("eval" if name is None else result_name(f"eval_{name}"))
+        if own is not None:
+            self.origins[result_name(prefix)] = own
+
+
+def result_name(prefix: str) -> str:
+    """What the record calls an evaluation by the prefix of its keys: `train` is the data that was trained on.
+
+    >>> [result_name(prefix) for prefix in ("eval", "eval_hard", "test", "train")]
+    ['eval', 'hard', 'test', 'eval_train']
+    """
+    name = prefix.removeprefix("eval_")
+    return "eval_train" if name == "train" else name
 
 
 def router_coefficient(policy: PeftModel, args: QLoRADPOConfig) -> float:

@@ -244,6 +244,44 @@ def test_the_card_has_only_evaluations_of_these_weights(base_folder, tokenizer, 
     assert "README" not in json.dumps(trainer.prepared.origins)
 
 
+def recorded(args):
+    """What the record of a run says of each set and evaluation: rows, and pairs."""
+    record = json.loads(Path(args.output_dir, "qlora_dpo.json").read_text())
+    rows = {name: origin["rows"] for name, origin in record["datasets"].items()}
+    return rows, {name: found["pairs"] for name, found in record["evaluations"].items()}
+
+
+def test_an_evaluation_of_other_rows_has_their_origin_and_leaves_that_of_the_others(base_folder, tokenizer, make_args):
+    train, own, other, third = (Dataset.from_list(CHAT_ROWS[:n]) for n in (8, 5, 7, 3))
+    args = make_args(max_steps=1)
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, train, own, tokenizer)
+    trainer.evaluate(other)  # a look before the training, under the name of the trainer's own set
+    trainer.train()
+    trainer.evaluate()
+    trainer.evaluate(other, metric_key_prefix="test")
+    trainer.evaluate({"x": third}, metric_key_prefix="test")
+    trainer.evaluate(third, metric_key_prefix="train")
+    trainer.save_model()
+    rows = {"eval": 5, "test": 7, "test_x": 3, "eval_train": 3}
+    assert recorded(args) == ({"train": 8} | rows, rows)
+    trainer.evaluate(metric_key_prefix="test")
+    trainer.evaluate(other)
+    trainer.save_model()
+    assert recorded(args) == ({"train": 8} | rows | {"eval": 7, "test": 5}, rows | {"eval": 7, "test": 5})
+
+
+def test_sets_by_name_keep_their_origins_whatever_they_are_called(base_folder, tokenizer, make_args):
+    rows, args = Dataset.from_list(CHAT_ROWS), make_args(max_steps=1)
+    sets = {name: rows.select(range(n)) for n, name in enumerate(("train", "eval", "eval_b"), 2)}
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, rows, sets, tokenizer)
+    trainer.train()
+    trainer.evaluate({"b": rows, "eval_b": rows})
+    trainer.evaluate()
+    trainer.save_model()
+    found = {"eval_train": 2, "eval": 3, "eval_b": 4, "b": 12}
+    assert recorded(args) == ({"train": 12} | found, found)
+
+
 def test_the_card_of_the_best_weights_has_their_evaluation(base_folder, tokenizer, make_args):
     rows = Dataset.from_list(CHAT_ROWS)
     args = make_args(
