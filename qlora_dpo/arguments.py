@@ -22,6 +22,9 @@ from qlora_dpo.origins import data_origin, named_origin
 from qlora_dpo.paths import adapter_folder, with_revision
 from qlora_dpo.reference import AverageReference, InitialReference, Reference, make_reference, require_no_other
 
+_TOLD = ("groups", "pairs", "dropped", "truncated_share")
+"""What the record says of a report."""
+
 
 def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse constructor arguments that cannot be honoured."""
@@ -104,6 +107,10 @@ class Preparation:
             require_no_other(self.reference, self.args.reference)
         if report is not None:
             self.reports[name] = report
+            self.origins[name] |= {key: getattr(report, key) for key in _TOLD}
+            made = [column for column in ("pairs", "scores", "ranks") if column in dataset.column_names]
+            if "completions" in dataset.column_names and made[0] != "pairs":
+                self.origins[name]["pairs_from"] = made[0]
             if self.args.process_index == 0:
                 show(report)
         return prepared

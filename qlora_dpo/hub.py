@@ -15,7 +15,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, ge
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.trainer_utils import HubStrategy
 
-from qlora_dpo.card import PICTURES, is_id, is_own, write_card
+from qlora_dpo.card import PICTURES, is_own, write_card
+from qlora_dpo.cardtext import is_id
 from qlora_dpo.errors import PushError
 from qlora_dpo.paths import ADAPTER_FILES, RECORD_NAME, TOKENIZER_FILES, require_safetensors
 from qlora_dpo.record import read_record, saved_adapter

@@ -39,7 +39,7 @@ class AdapterRecord:
         pair_strategy: How scores or ranks became pairs.
         base_commit: Commit of the base that was loaded, if it came from the Hub.
         licence: `license`, `license_name`, `license_link` of the base, as its card has them.
-        datasets: `data_origin` of each data set by name.
+        datasets: `data_origin` of each data set by name, and what became of its rows.
         evaluations: What `GatheredPairs.evaluation` says of each evaluation at the step of these weights, by name.
         training: `TRAINING_FIELDS`, and the number of processes.
         versions: Of the packages that decide the numbers.
