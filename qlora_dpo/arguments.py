@@ -25,6 +25,9 @@ from qlora_dpo.origins import data_origin, named_origin
 from qlora_dpo.paths import adapter_folder, with_revision
 from qlora_dpo.reference import AverageReference, InitialReference, Reference, make_reference, require_no_other
 
+_TOLD = ("groups", "pairs", "dropped", "truncated_share")
+"""What the record says of a report."""
+
 
 def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse constructor arguments that cannot be honoured."""
@@ -73,8 +76,8 @@ class Preparation:
     """Tokenises data sets, checks that the objective can use their columns, and shows what became of their rows.
 
     Attributes:
-        reports: What became of the rows, by the use of the set: `train`, `eval`, or `eval_<name>` of several.
-        origins: Where they come from, by the same.
+        reports: What became of the rows, by the use of the set: `train`, `eval`, `eval_<name>` of several.
+        origins: Where they come from: `train`, and for each evaluation, by `result_name`, the rows it was last of.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Preparation:
         self.args, self.objective, self.reference = args, objective, reference
         self.reports: dict[str, DataReport] = {}
         self.origins: dict[str, dict[str, Any]] = {}
+        self._own: dict[str, dict[str, Any]] = {}
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "limits": args.token_limits,
@@ -106,6 +110,10 @@ class Preparation:
             require_no_other(self.reference, self.args.reference)
         if report is not None:
             self.reports[name] = report
+            self.origins[name] |= {key: getattr(report, key) for key in _TOLD}
+            made = [column for column in ("pairs", "scores", "ranks") if column in dataset.column_names]
+            if "completions" in dataset.column_names and made[0] != "pairs":
+                self.origins[name]["pairs_from"] = made[0]
             if self.args.process_index == 0:
                 show(report)
         return prepared
@@ -113,12 +121,32 @@ class Preparation:
     def name(self, which: str, path_or_id: str, config: str | None = None) -> None:
         """Say what a data set was loaded by, where that is known."""
         self.origins[which] = named_origin(self.origins[which], path_or_id, config)
+        if which in self._own:
+            self._own[which] = self.origins[which]
 
     def sets(self, dataset: Any) -> Any:
-        """One data set for evaluation, or several by name."""
+        """The trainer's own data set for evaluation, or several by name."""
         if isinstance(dataset, Mapping):
-            return {name: self(one, f"eval_{name}") for name, one in dataset.items()}
-        return self(dataset, "eval")
+            prepared: Any = {name: self(one, f"eval_{name}") for name, one in dataset.items()}
+        else:
+            prepared = self(dataset, "eval")
+        self._own = {name: origin for name, origin in self.origins.items() if name != "train"}
+        return prepared
+
+    def again(self, name: str | None, prefix: str) -> None:
+        """Say that an evaluation is of the trainer's own set (of that name), whatever else had its prefix before."""
+        own = self._own.get("eval" if name is None else f"eval_{name}")
+        if own is not None:
+            self.origins[result_name(prefix)] = own
+
+
+def result_name(prefix: str) -> str:
+    """What the record calls an evaluation: the prefix of its keys; `train` is the data that was trained on.
+
+    >>> [result_name(prefix) for prefix in ("eval", "eval_hard", "test", "train")]
+    ['eval', 'eval_hard', 'test', 'eval_train']
+    """
+    return "eval_train" if prefix == "train" else prefix
 
 
 def router_coefficient(policy: PeftModel, args: QLoRADPOConfig) -> float:

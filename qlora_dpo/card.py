@@ -4,9 +4,6 @@ It says what is known and leaves out what is not. Of a path of this machine it h
 """
 
 import json
-import math
-import re
-import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +12,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
-from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from qlora_dpo.cardtext import data_in_words, escaped, introduction, is_id, loading, shown, table, trained
 from qlora_dpo.measures import Estimate, PreferenceReport
-from qlora_dpo.model import bits, default_quantization
-from qlora_dpo.paths import split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter, weights_hash
-from qlora_dpo.report import PICTURES, STATE_NAME, curve_charts, picture_name, target_names, write_pictures
+from qlora_dpo.report import PICTURES, STATE_NAME, curve_charts, picture_name, write_pictures
 
 TAGS = ("dpo", "qlora-dpo", "lora", "preference-alignment")
 MARK = (
@@ -30,23 +25,7 @@ MARK = (
 )
 FEWEST_STEPS = 3
 """Logged steps that make a curve."""
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `--max-lora-rank` takes, whichever version it is."""
-_NOT_SERVED = (
-    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"),
-    *("trainable_token_indices", "target_parameters"),
-)
-"""What vLLM refuses in an adapter's config, or does not read and would compute otherwise."""
 _PEFT_DRAFT = "# Model Card for Model ID"
-_REFERENCES = {
-    "base": "the base model, with its adapters disabled",
-    "initial": "a frozen copy of the policy's start",
-    "adapter": "a frozen adapter",
-    "model": "another model",
-    "average": "a moving average of the policy (TR-DPO)",
-    "given": "log-probabilities that came with the data (column `ref_logps`)",
-    "none": "none",
-}
 _LIMITS = """\
 - The numbers above are about the preference data named here, and about nothing else: neither safety nor abilities
   outside that data were measured.
@@ -79,6 +58,7 @@ def write_card(
     name: str | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
     draw: bool = True,
+    target: str | None = None,
     **metadata: Any,
 ) -> str:
     """Write the card of a saved adapter, and its charts where the extra `report` is installed.
@@ -88,19 +68,21 @@ def write_card(
         name: Hub id of the adapter, if it has one.
         history: Lines of the training's log; None for those in the folder's `trainer_state.json`.
         draw: Whether to draw charts, which takes most of a second.
+        target: Folder to write them to; None for that of the adapter.
         **metadata: More for the card's head: `language`, `license`, `tags`, `model_name`.
 
     Returns:
         The path of the card.
     """
-    path = Path(folder)
+    path, to = Path(folder), Path(target or folder)
     lines = _history(path) if history is None else history
     charts = curve_charts(lines) if len({line.get("step") for line in lines}) >= FEWEST_STEPS else []
     if draw:
-        write_pictures(path / PICTURES, charts)
-    card = make_card(path, name, lines, [chart.title for chart in charts], metadata)
-    card.save(path / REPOCARD_NAME)
-    return str(path / REPOCARD_NAME)
+        write_pictures(to / PICTURES, charts)
+    files = {chart.title: Path(PICTURES, picture_name(chart.title)) for chart in charts}
+    drawn = [title for title, file in files.items() if (path / file).is_file() or (to / file).is_file()]
+    make_card(path, name, lines, drawn, metadata).save(to / REPOCARD_NAME)
+    return str(to / REPOCARD_NAME)
 
 
 def save_card(folder: str, *args: Any, **kwargs: Any) -> None:
@@ -110,7 +92,7 @@ def save_card(folder: str, *args: Any, **kwargs: Any) -> None:
     except Exception as error:  # whatever it is, the adapter is saved and the run goes on
         warnings.warn(
             f"The card of {folder} could not be written ({type(error).__name__}: {error}); the adapter is saved. "
-            "`qlora-dpo push` writes it anew.",
+            "`qlora-dpo push` makes one anew.",
             stacklevel=2,
         )
 
@@ -136,47 +118,26 @@ def make_card(
         folder: Where it lies.
         name: Its Hub id, if it has one.
         history: Lines of the training's log.
-        curves: Titles of the charts to show, where they lie beside it.
+        curves: Titles of the charts that lie beside it.
         metadata: More for the card's head.
     """
     record = read_record(str(folder))
     lora = json.loads(Path(saved_adapter(str(folder)), "adapter_config.json").read_text())
     judged = _evaluations(folder, record)
     title = str(metadata.get("model_name") or (name or _run_name(folder)).split("/")[-1])
-    pictures = [title for title in curves if (folder / PICTURES / picture_name(title)).is_file()]
     sections = {
-        "": _introduction(record, lora),
-        "How to load it": _loading(record, lora, name or title),
+        "": introduction(record, lora),
+        "How to load it": loading(record, lora, name or title),
         "Evaluation": _evaluation(judged),
-        "Training": _table(_training(record, lora, history)),
-        "Data": _data(record.datasets),
-        "Curves": "\n".join(f"![{escaped(title)}]({PICTURES}/{picture_name(title)})" for title in pictures),
+        "Training": table(trained(record, lora, history)),
+        "Data": data_in_words(record),
+        "Curves": "\n".join(f"![{escaped(title)}]({PICTURES}/{picture_name(title)})" for title in curves),
         "Limits": _LIMITS,
         "Versions": ", ".join(f"{package} {found}" for package, found in record.versions.items()),
     }
     body = "\n\n".join(f"## {head}\n\n{text}" if head else text for head, text in sections.items() if text)
     data = _metadata(record, judged, title, metadata)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARK}\n\n# {escaped(title)}\n\n{body}\n")
-
-
-def escaped(value: Any) -> str:
-    """Any value as text in one line that Markdown takes as it is, in a table too."""
-    return re.sub(r"([\\`*<>|\[\]{}])", r"\\\1", " ".join(str(value).split()))
-
-
-def shown(path_or_id: str) -> str:
-    """An id as it is, and of a path the last part: the rest says something of this machine only."""
-    try:
-        name, _ = split_revision(path_or_id, "model")
-    except (FileNotFoundError, ValueError):
-        name = None
-    is_path = name is None or Path(name).exists()
-    return Path(path_or_id).expanduser().name if is_path else path_or_id
-
-
-def is_id(path_or_id: str) -> bool:
-    """Whether it is no path of this machine."""
-    return shown(path_or_id) == path_or_id and not Path(path_or_id).exists()
 
 
 def _run_name(folder: Path) -> str:
@@ -229,111 +190,6 @@ def _evaluations(folder: Path, record: AdapterRecord) -> list[Judged]:
 # ---- the text --------------------------------------------------------------------------------------------------------
 
 
-def _base(record: AdapterRecord) -> str:
-    """The base, with what is known of its revision."""
-    parts = [f"revision {record.base_revision}"] if record.base_revision else []
-    parts += [f"commit {record.base_commit}"] if record.base_commit else []
-    return escaped(shown(record.base)) + f" ({', '.join(map(escaped, parts))})" * bool(parts)
-
-
-def _quantisation(record: AdapterRecord) -> str:
-    """How the base was quantised, in a line."""
-    found = record.quantization or {}
-    if found.get("load_in_4bit"):
-        double = ", double quantisation" if found.get("bnb_4bit_use_double_quant") else ""
-        kind, compute = str(found.get("bnb_4bit_quant_type", "4 bit")).upper(), found.get("bnb_4bit_compute_dtype")
-        return f"{kind}{double}, {str(compute).removeprefix('torch.')} compute; other weights in {record.dtype}"
-    kind = found.get("quant_method") or "none"
-    kind = "8 bit" if found.get("load_in_8bit") else str(getattr(kind, "value", kind))
-    return f"{kind}; weights in {record.dtype}"
-
-
-def _loss(record: AdapterRecord) -> str:
-    names, weights = record.loss.get("loss_type") or ["sigmoid"], record.loss.get("loss_weights")
-    if weights is None:
-        return " + ".join(names)
-    return " + ".join(f"{weight} {name}" for weight, name in zip(weights, names, strict=False))
-
-
-def _reference(record: AdapterRecord) -> str:
-    parts = [_REFERENCES.get(record.reference, record.reference)]
-    parts += [f"from {escaped(shown(record.reference_source))}"] if record.reference_source else []
-    parts += [f"hash `{record.reference_hash}`"] if record.reference_hash else []
-    return ", ".join(parts)
-
-
-def _introduction(record: AdapterRecord, lora: Mapping[str, Any]) -> str:
-    kind = str(lora.get("peft_type", "LORA")).replace("LORA", "LoRA")
-    below = ""
-    if record.stacked_on:
-        below = f", on top of the frozen adapter {escaped(shown(record.stacked_on))}"
-    return (
-        f"A {kind} adapter for {_base(record)}{below}, trained on preferences with the library `qlora_dpo`: loss "
-        f"`{_loss(record)}`, beta {record.beta:g}, base in {_quantisation(record)}. The methods: "
-        "[DPO](https://arxiv.org/abs/2305.18290), [QLoRA](https://arxiv.org/abs/2305.14314)."
-    )
-
-
-def _loading(record: AdapterRecord, lora: Mapping[str, Any], adapter: str) -> str:
-    base = shown(record.base)
-    revision = f", revision={record.base_revision!r}" if record.base_revision else ""
-    quantised, needed = _quantised_alike(record)
-    own = f"""\
-On the base as it was quantised in training:
-
-```python
-{needed}from qlora_dpo import load_policy
-
-policy = load_policy({base!r}, adapter={adapter!r}{revision}{quantised})
-```"""
-    if record.stacked_on:
-        return own + "\n\nThe frozen adapter below it is loaded with it; PEFT alone would leave that one out."
-    return (
-        own
-        + f"""
-
-With PEFT alone:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({base!r}{revision})
-model = PeftModel.from_pretrained(base, {adapter!r})
-```
-
-Merged into a 16-bit model: `qlora-dpo merge` (see `qlora-dpo merge --help`)."""
-        + _serving(base, lora, adapter)
-    )
-
-
-def _quantised_alike(record: AdapterRecord) -> tuple[str, str]:
-    """What makes `load_policy` quantise as in training, and its import; nothing where the defaults do."""
-    found = record.quantization or {}
-    if bits(found) == bits(default_quantization().to_dict()):
-        return "", ""
-    if not (found.get("load_in_4bit") or found.get("load_in_8bit")):
-        return ", quantize=False", ""
-    options = BitsAndBytesConfig.from_dict(dict(found)).to_diff_dict()
-    words = ", ".join(f"{name}={value!r}" for name, value in options.items() if not name.startswith("_"))
-    return f", quantization_config=BitsAndBytesConfig({words})", "from transformers import BitsAndBytesConfig\n\n"
-
-
-def _serving(base: str, lora: Mapping[str, Any], adapter: str) -> str:
-    """How vLLM serves the adapter, if it can."""
-    rank = next((rank for rank in _VLLM_RANKS if rank >= int(lora.get("r") or 0)), None)
-    plain = lora.get("peft_type") == "LORA" and lora.get("bias", "none") == "none"
-    if rank is None or not plain or any(lora.get(name) for name in _NOT_SERVED):
-        return ""
-    return f"""
-
-Served by vLLM, on the base in 16 bit:
-
-```bash
-vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {adapter.split("/")[-1]}={adapter}
-```"""
-
-
 def _evaluation(judged: Sequence[Judged]) -> str:
     if not judged:
         return "These weights were not evaluated."
@@ -371,63 +227,6 @@ def _evaluation(judged: Sequence[Judged]) -> str:
 
 def _cell(text: str) -> str:
     return text if text == "---" else escaped(text).replace(r"\[", "[").replace(r"\]", "]")
-
-
-def _table(rows: Mapping[str, Any]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, "")]
-    return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _training(record: AdapterRecord, lora: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    targets = ", ".join(f"`{name}`" for name in target_names(lora)).replace("|", r"\|")  # a pattern may have some
-    switches = [name for name in ("use_dora", "use_rslora") if lora.get(name)]
-    shape = f"rank {lora.get('r')}, alpha {lora.get('lora_alpha')}, dropout {lora.get('lora_dropout')}, on {targets}"
-    rows: dict[str, Any] = {
-        "base": _base(record),
-        "quantisation": _quantisation(record),
-        "adapter": ", ".join([shape, *(f"`{name}`" for name in switches)]),
-        "loss": f"`{_loss(record)}`",
-        "reference": _reference(record),
-        "mixed precision": record.mixed_precision,
-        "longest": f"{record.max_length} tokens" if record.max_length else "no limit",
-        "longest prompt": f"{record.max_prompt_length} tokens" if record.max_prompt_length else None,
-        "pairs of scores or ranks": record.pair_strategy,
-    }
-    options = {name: value for name, value in record.loss.items() if name not in ("loss_type", "loss_weights")}
-    unused = "num_train_epochs" if record.training.get("max_steps", -1) > 0 else "max_steps"
-    options |= {name: value for name, value in record.training.items() if name != unused}
-    rows |= {f"`{name}`": escaped(value) for name, value in options.items() if value is not None}
-    return rows | _costs(history)
-
-
-def _costs(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Steps, peak memory and speed, from the log."""
-
-    def values(key: str) -> list[float]:
-        found = (line[key] for line in history if isinstance(line.get(key), int | float))
-        return [float(value) for value in found if math.isfinite(value)]
-
-    rows = {}
-    if steps := values("step"):
-        rows["steps"] = f"{max(steps):g}"
-    if epochs := values("epoch"):
-        rows["epochs"] = f"{max(epochs):.3g}"
-    if memory := values("peak_memory_gib"):
-        rows["peak memory"] = f"{max(memory):.2f} GiB"
-    names = {"pairs_per_second": "pairs", "tokens_per_second": "unique tokens"}
-    speeds = [f"{statistics.median(found):.3g} {name}" for key, name in names.items() if (found := values(key))]
-    if speeds:
-        rows["speed, median"] = f"{', '.join(speeds)} a second"
-    return rows
-
-
-def _data(datasets: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = []
-    for use, origin in datasets.items():
-        facts = [f"{key} {origin[key]}" for key in ("config", "split", "revision", "fingerprint") if key in origin]
-        facts.insert(0, f"{origin['rows']:,} rows") if "rows" in origin else None
-        lines.append(f"- {escaped(use)}: {escaped(origin.get('name', 'unnamed data'))}, {escaped(', '.join(facts))}")
-    return "\n".join(lines)
 
 
 # ---- the head --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, ge
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.trainer_utils import HubStrategy
 
-from qlora_dpo.card import PICTURES, is_id, is_own, write_card
+from qlora_dpo.card import PICTURES, is_own, write_card
+from qlora_dpo.cardtext import is_id
 from qlora_dpo.errors import PushError
 from qlora_dpo.paths import ADAPTER_FILES, RECORD_NAME, TOKENIZER_FILES, require_safetensors
 from qlora_dpo.record import read_record, saved_adapter
@@ -46,7 +47,7 @@ def push_adapter(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Push a saved adapter to the Hub, with its card made anew.
+    """Push a saved adapter to the Hub, with a card made anew for its place there; the folder stays as it is.
 
     Weights in safetensors, configuration, tokenizer, `qlora_dpo.json`, card and charts are uploaded; never optimizer
     state, arguments, references, data or generated texts.
@@ -71,10 +72,12 @@ def push_adapter(
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"`folder` must be a folder with a saved adapter, got {folder}. Check the path.")
     adapter_files(folder)
-    if not is_own(Path(folder, constants.REPOCARD_NAME)):
-        write_card(folder, repo_id, draw=not Path(folder, PICTURES).is_dir())
     repo_id = make_repository(repo_id, private=private, token=token, folder=folder)
-    return upload(folder, repo_id, private, token, revision, commit_message, create_pr=create_pr)
+    with tempfile.TemporaryDirectory() as staged:
+        if not is_own(Path(folder, constants.REPOCARD_NAME)):
+            write_card(folder, repo_id, draw=not Path(folder, PICTURES).is_dir(), target=staged)
+        made = {path.relative_to(staged).as_posix(): path for path in Path(staged).rglob("*") if path.is_file()}
+        return upload(folder, repo_id, private, token, revision, commit_message, create_pr=create_pr, made=made)
 
 
 def adapter_files(folder: str) -> dict[str, Path]:
@@ -122,9 +125,13 @@ def upload(
     commit_message: str | None = None,
     path_in_repo: str = "",
     create_pr: bool = False,
+    made: Mapping[str, Path] | None = None,
 ) -> CommitInfo:
-    """Commit the files of a saved adapter to a repository that is there; `private` for the error's way out only."""
-    files = adapter_files(folder)
+    """Commit the files of a saved adapter to a repository that is there.
+
+    `private` is for the error's way out only; `made` are files for this upload, by their place, before the folder's.
+    """
+    files = adapter_files(folder) | dict(made or {})
     _warn_of_paths(folder)
 
     def commit() -> CommitInfo:
@@ -223,8 +230,8 @@ def _plainly(
         again += f" --revision {revision}" if revision else ""
         text = " ".join(without_secrets(f"{type(error).__name__}: {error}", token).split())
         raise PushError(
-            f"The adapter must be pushed to {repo_id}, got {text.rstrip('.')}. {_hint(error)} Nothing in {folder} was "
-            f"changed; push again with: {again}"
+            f"The push to {repo_id} failed: {text.rstrip('.')}. {_hint(error)} Nothing in {folder} was changed by it; "
+            f"push again with: {again}"
         ) from None  # the first error may show the token
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftConfig
 from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from qlora_dpo.cardtext import base_in_words, data_in_words, escaped, is_id, method, shown
 from qlora_dpo.compare import MergeDifference, compared, scored_as_trained
 from qlora_dpo.fold import BaseWeights, Fold, skeleton
 from qlora_dpo.model import adapters_below, load_tokenizer
@@ -27,6 +29,7 @@ from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes, weight
 INTO = ("quantized", "original")
 DTYPES = ("bfloat16", "float16", "float32")
 REPORT_NAME = "merge.json"
+TAGS = ("dpo", "qlora-dpo", "preference-alignment")
 UNFINISHED_NAME = "merge.unfinished"
 """Lies in a folder from the first byte that is written to the last."""
 _CARRIED_FILES = (*TOKENIZER_FILES, "chat_template.json", "*processor_config.json")
@@ -129,7 +132,7 @@ def merge_adapter(
         trust_remote_code: Whether to run Python code that the base ships, which then lies beside the merged model too.
 
     Returns:
-        The report, which is also written to `merge.json`.
+        The report, which is also written to `merge.json`, and in words into the model's card, `README.md`.
 
     Raises:
         FileNotFoundError: If the adapter, its record or the base is not there.
@@ -149,6 +152,7 @@ def merge_adapter(
         )
         report = _measured(job, Path(output_dir), size, rows, reference)
     Path(output_dir, REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    _card(job, report).save(Path(output_dir, REPOCARD_NAME))
     return report
 
 
@@ -365,6 +369,64 @@ def _has_own_tokenizer(job: _Job, base_files: Container[str], own_files: Iterabl
     trust = {"trust_remote_code": job.trust_remote_code}
     own, base = load_tokenizer(job.adapter, **trust), load_tokenizer(job.base, revision=job.revision or "main", **trust)
     return own.get_vocab() != base.get_vocab() or own.chat_template != base.chat_template
+
+
+# ---- the card --------------------------------------------------------------------------------------------------------
+
+
+def _card(job: _Job, report: MergeReport) -> ModelCard:
+    """The card of a merged model: what it is made of, how to load it, and what the merge changed."""
+    record, name = job.record, Path(report.output_dir).resolve().name
+    base = base_in_words(record) if job.base == record.base else escaped(shown(job.base))
+    merged = ", then ".join(escaped(shown(one)) for one in job.adapters)
+    stored = {"quantized": "as it was quantised in training, dequantised", "original": "as it is stored"}[job.into]
+    trust = ", trust_remote_code=True" if job.trust_remote_code else ""
+    licence = record.licence.get("license_name") or record.licence.get("license")
+    sections = {
+        "": f"{base} with the adapter {merged} merged into it: one model, in {job.dtype}. The base was taken {stored}. "
+        f"The adapter was {method(record)}",
+        "How to load it": f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained({name!r}{trust})
+```""",
+        "What the merge changed": _differences(report),
+        "Data of the adapter": data_in_words(record),
+        "Limits": "The model has the limits and the biases of its base and of those who wrote the preferences; neither "
+        "safety nor abilities outside that data were measured.",
+        "Licence": licence and f"That of the base model: {escaped(licence)}.",
+    }
+    body = "\n\n".join(f"## {head}\n\n{text}" if head else text for head, text in sections.items() if text)
+    ids = list(dict.fromkeys(origin["id"] for origin in record.datasets.values() if "id" in origin))
+    known = {"base_model": job.base, "base_model_relation": "finetune"} if is_id(job.base) else {}
+    head = ModelCardData(
+        **known,
+        **({"datasets": ids} if ids else {}),
+        **record.licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys([*TAGS, *(record.loss.get("loss_type") or [])])),
+    )
+    return ModelCard(f"---\n{head.to_yaml()}\n---\n# {escaped(name)}\n\n{body}\n")
+
+
+def _differences(report: MergeReport) -> str:
+    """What was measured, as a table."""
+    if report.accuracy is None:
+        return "The difference to base and adapter as trained was not measured."
+    rows = [
+        ["", "mean, per token", "max", "mean, per completion", "max", "accuracy", "margin"],
+        ["---"] * 7,
+        ["base and adapter as trained", "", "", "", "", f"{report.accuracy:.3f}", f"{report.margin:+.4f}"],
+    ]
+    for into, found in report.differences.items():
+        name = f"merged into the {into} base" + ", this model" * (into == report.into)
+        numbers = (found.token_mean, found.token_max, found.completion_mean, found.completion_max)
+        rows.append([name, *(f"{number:.4f}" for number in numbers), f"{found.accuracy:.3f}", f"{found.margin:+.4f}"])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"Absolute differences of log-probabilities in nats, on {report.pairs} pairs:\n\n{table}"
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

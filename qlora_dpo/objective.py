@@ -325,6 +325,28 @@ def _check_modifiers(objective: Objective) -> None:
         )
 
 
+def options_in_use(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among those of a loss that its value depends on, and `beta`, the factor of all rewards.
+
+    >>> options_in_use({"loss_type": ["simpo"], "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 1.0, "ld_alpha": None})
+    {'beta': 2.0, 'simpo_gamma': 0.5}
+    """
+    names = [name for name in loss.get("loss_type") or ["sigmoid"] if name in LOSSES]
+    taken = {"beta"}.union(*map(loss_parameters, names))
+    known = {key for name in LOSSES for key in loss_parameters(name)}
+    off = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False, "bco_running_mean": False}
+    off |= {"router_aux_loss_coef": None}
+    if loss.get("f_divergence_type") != "alpha_divergence":
+        off["f_alpha_divergence_coef"] = loss.get("f_alpha_divergence_coef")
+    return {
+        name: value
+        for name, value in loss.items()
+        if name not in ("loss_type", "loss_weights")
+        and (name in taken or name not in known)
+        and not (name in off and value == off[name])
+    }
+
+
 def check_reference(objective: Objective, reference: str) -> None:
     """Refuse to do without a reference where a loss means nothing without one.
 

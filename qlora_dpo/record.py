@@ -51,7 +51,8 @@ class AdapterRecord:
         pair_strategy: How scores or ranks became pairs.
         base_commit: Commit of the base that was loaded, if it came from the Hub.
         licence: `license`, `license_name`, `license_link` of the base, as its card has them.
-        datasets: `data_origin` of each data set, by its use: `train`, `eval`, or `eval_<name>` of several.
+        datasets: `data_origin` of each data set, by its use: `train`, `eval`, `eval_<name>` of several, or the prefix
+            that an evaluation was given; and what became of its rows.
         evaluations: What `GatheredPairs.evaluation` says of each evaluation at the step of these weights, by the same.
         training: `TRAINING_FIELDS`, and the number of processes.
         versions: Of the packages that decide the numbers.

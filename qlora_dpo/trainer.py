@@ -1,6 +1,6 @@
 """`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from qlora_dpo.arguments import (
     reference_from,
     require_own_folder,
     require_shardable,
+    result_name,
     router_coefficient,
     tokenizer_from,
 )
@@ -353,10 +354,17 @@ class QLoRADPOTrainer(SavingTrainer):
         Returns:
             Metrics by key; `eval_<name>_...` for named sets.
         """
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self.prepared.sets(eval_dataset)
+        if isinstance(eval_dataset, Mapping):
+            found: dict[str, float] = {}
+            for name, one in eval_dataset.items():
+                found |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("`eval_dataset` must be given to evaluate, got None. Pass it here or to the trainer.")
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            self.prepared.again(eval_dataset, metric_key_prefix)
+        else:
+            eval_dataset = self.prepared(eval_dataset, result_name(metric_key_prefix))
         self._prove()
         if self.train_dataset is None:
             warn_of_itself(self.reference)
@@ -370,7 +378,7 @@ class QLoRADPOTrainer(SavingTrainer):
         self.last_pairs = records = self._records.gathered()
         self._records = None
         if judged := records.evaluation():
-            self._judged_at[self._weights_step][metric_key_prefix] = judged
+            self._judged_at[self._weights_step][result_name(metric_key_prefix)] = judged
         metrics = records.metrics() | {"num_tokens": self.state.num_input_tokens_seen}
         if self.step.objective.coupled:
             metrics["loss"] = self.step.of_sides(torch.from_numpy(records.sides())).mean().item()
@@ -393,7 +401,7 @@ class QLoRADPOTrainer(SavingTrainer):
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """As `Trainer.predict`: `predictions` are `(T,)` chosen and `(T,)` rejected rewards, `label_ids` the rows."""
-        prepared = self.prepared(test_dataset, metric_key_prefix)
+        prepared = self.prepared(test_dataset, result_name(metric_key_prefix))
         self._prove()
         return super().predict(prepared, ignore_keys, metric_key_prefix)
 

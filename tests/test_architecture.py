@@ -44,6 +44,7 @@ LAYERS = [
     {"memory", "record", "fold", "resuming", "checkpoints", "arguments", "proof", "precomputed", "step", "callbacks"},
     {"evaluation", "generations", "training", "room"},
     {"report"},
+    {"cardtext"},
     {"card"},
     {"hub"},
     {"saving"},

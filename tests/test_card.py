@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import re
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -17,8 +18,11 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from transformers import BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOTrainer, load_policy
-from qlora_dpo.card import MARK, escaped, is_own, shown, write_card
-from qlora_dpo.cli import main
+from qlora_dpo.card import MARK, is_own, write_card
+from qlora_dpo.cardtext import escaped, shown
+from qlora_dpo.cli import MergeArguments, main, parse
+from qlora_dpo.config import LOSS_FIELDS
+from qlora_dpo.data import NO_PAIRS
 from qlora_dpo.origins import base_licence, data_origin, named_origin, versions
 from qlora_dpo.record import read_record
 
@@ -73,7 +77,10 @@ def test_the_card_says_what_was_trained_on_what_and_how_well(run):
         "the base model, with its adapters disabled", "rows.jsonl, 8 rows", "split train\\[:8\\]", interval,
         f"{report['reference_accuracy']['value']:.3f}", "peak memory", "a second", "charts/loss.png",
         "PeftModel.from_pretrained(base, 'tiny-dpo')", "load_policy('tiny-base', adapter='tiny-dpo')",
-        "qlora-dpo merge", "vllm serve tiny-base --enable-lora --max-lora-rank 16", "## Limits",
+        "qlora-dpo merge --adapter tiny-dpo --output_dir tiny-dpo-merged",
+        "trained on: 8 groups, 8 pairs", "evaluated on: 4 groups, 4 pairs",
+        "cut to fit the limits of tokens: 0.0 % of the rows",
+        "vllm serve tiny-base --enable-lora --max-lora-rank 16", "## Limits",
         *(f"{package} {found}" for package, found in versions().items()),
     ):  # fmt: skip
         assert words in text, words
@@ -109,6 +116,54 @@ def test_the_way_to_load_gives_the_base_as_it_was_in_training(options, adapter, 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of a base in other bits
         exec(source, {})  # it is the card's own
+
+
+def test_the_ways_to_load_bring_the_tokenizer(run):
+    for source in re.findall(r"```python\n(.*?)```", text_of(run), re.DOTALL):
+        assert "tokenizer = AutoTokenizer.from_pretrained('tiny-dpo')" in source
+
+
+def test_the_commands_of_the_card_are_understood(adapter):
+    """Whatever the adapter is called."""
+    write_card(str(adapter), model_name="my run")
+    commands = [shlex.split(line) for line in re.findall("^(?:qlora-dpo|vllm) .*", text_of(adapter), re.MULTILINE)]
+    assert [command[:2] for command in commands] == [["qlora-dpo", "merge"], ["vllm", "serve"]]
+    (merge,) = parse((MergeArguments,), commands[0][2:], "qlora-dpo merge")
+    assert (merge.adapter, merge.output_dir) == ("my run", "my run-merged")
+    assert commands[1][-1] == "my run=my run"
+
+
+def test_options_that_the_loss_does_not_use_are_not_in_the_card(run, adapter):
+    """A loss has its own hyperparameters; modifiers are shown where they are on."""
+    shown = set(re.findall(r"^\| `(\w+)` \|", text_of(run), re.MULTILINE)) & set(LOSS_FIELDS)
+    assert shown == {"beta", "label_smoothing", "ld_alpha"}
+    loss = json.loads((adapter / "qlora_dpo.json").read_text())["loss"] | {"ld_alpha": None}
+    loss |= {"loss_type": ["simpo", "cpo"], "f_divergence_type": "alpha_divergence", "use_weighting": True}
+    text = rewritten(adapter, loss=loss)
+    shown = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) & set(LOSS_FIELDS)
+    modifiers = {"f_divergence_type", "f_alpha_divergence_coef", "use_weighting"}
+    assert shown == {"beta", "simpo_gamma", "cpo_alpha"} | modifiers
+
+
+def test_the_card_says_what_became_of_the_rows(base_folder, tokenizer, make_args):
+    """Scores that tie give no pair, a long completion is cut, and rows are not what was trained on."""
+    words = [" the", " a red", " a blue cat", " the" + " dog" * 20]
+    rows = [{"prompt": "yes no", "completions": words[:3], "scores": [2.0, 1.0, 0.0]}] * 2
+    rows += [{"prompt": "yes", "completions": words[:2], "scores": [1.0, 1.0]}]
+    rows += [{"prompt": "no", "completions": words[2:], "scores": [1.0, 0.0]}]
+    args = make_args(max_steps=1, max_length=12, pair_strategy="adjacent")
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, Dataset.from_list(rows), None, tokenizer)
+    trainer.train()
+    trainer.save_model()
+    data = text_of(args.output_dir).split("## Data\n\n")[1].split("\n\n##")[0].splitlines()
+    assert data[0].startswith("- train: unnamed data, 4 rows, fingerprint ")
+    assert data[1:] == [
+        "  - trained on: 3 groups, 5 pairs (a group is a prompt with its completions)",
+        "  - pairs were made from its scores: every completion with the next worse",
+        f"  - dropped: 1 row, because {NO_PAIRS}",
+        "  - cut to fit the limits of tokens: 25.0 % of the rows",
+    ]
+    assert "| most tokens of prompt and completion | 12 |" in text_of(args.output_dir)
 
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (12, 16), (300, 320)])
@@ -257,6 +312,44 @@ def test_the_card_has_only_evaluations_of_these_weights(base_folder, tokenizer, 
     values = [one.metric_value for one in results if one.metric_type == "accuracy"]
     assert values == [found["eval_a_rewards/accuracies"], found["eval_b|x_rewards/accuracies"]]
     assert "README" not in json.dumps(trainer.prepared.origins)
+
+
+def recorded(args):
+    """What the record of a run says of each set and evaluation: rows, and pairs."""
+    record = json.loads(Path(args.output_dir, "qlora_dpo.json").read_text())
+    rows = {name: origin["rows"] for name, origin in record["datasets"].items()}
+    return rows, {name: found["pairs"] for name, found in record["evaluations"].items()}
+
+
+def test_an_evaluation_of_other_rows_has_their_origin_and_leaves_that_of_the_others(base_folder, tokenizer, make_args):
+    train, own, other, third = (Dataset.from_list(CHAT_ROWS[:n]) for n in (8, 5, 7, 3))
+    args = make_args(max_steps=1)
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, train, own, tokenizer)
+    trainer.evaluate(other)  # a look before the training, under the name of the trainer's own set
+    trainer.train()
+    trainer.evaluate()
+    trainer.evaluate(other, metric_key_prefix="test")
+    trainer.evaluate({"x": third}, metric_key_prefix="test")
+    trainer.evaluate(third, metric_key_prefix="train")
+    trainer.save_model()
+    rows = {"eval": 5, "test": 7, "test_x": 3, "eval_train": 3}
+    assert recorded(args) == ({"train": 8} | rows, rows)
+    trainer.evaluate(metric_key_prefix="test")
+    trainer.evaluate(other)
+    trainer.save_model()
+    assert recorded(args) == ({"train": 8} | rows | {"eval": 7, "test": 5}, rows | {"eval": 7, "test": 5})
+
+
+def test_sets_by_name_keep_their_origins_whatever_they_are_called(base_folder, tokenizer, make_args):
+    rows, args = Dataset.from_list(CHAT_ROWS), make_args(max_steps=1)
+    sets = {name: rows.select(range(n)) for n, name in enumerate(("train", "eval", "eval_b"), 2)}
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, None, rows, sets, tokenizer)
+    trainer.train()
+    trainer.evaluate({"b": rows, "eval_b": rows})
+    trainer.evaluate()
+    trainer.save_model()
+    found = {"eval_train": 2, "eval_eval": 3, "eval_eval_b": 4, "eval_b": 12}
+    assert recorded(args) == ({"train": 12} | found, found)
 
 
 def test_the_card_of_the_best_weights_has_their_evaluation(base_folder, tokenizer, make_args):

@@ -110,6 +110,19 @@ def test_an_adapter_is_pushed_with_what_belongs_to_it_and_nothing_else(hub, adap
     assert b"private" not in b"".join(files.values())
 
 
+@pytest.mark.parametrize("name", ["ada/other", "other"])
+def test_the_card_for_the_hub_names_the_repository_and_the_folder_stays_as_it_is(hub, adapter, name):
+    shutil.rmtree(adapter / "charts")  # drawn for the push alone
+    before = state_of(adapter)
+    push_adapter(str(adapter), name)
+    assert state_of(adapter) == before
+    files = pushed(hub, "ada/other")
+    assert "# other\n" in files["README.md"].decode()
+    assert "adapter='ada/other'" in files["README.md"].decode()
+    assert "(charts/loss.png)" in files["README.md"].decode()
+    assert files["charts/loss.png"].startswith(b"\x89PNG")
+
+
 def test_pushing_the_same_again_commits_nothing(hub, adapter):
     first = push_adapter(str(adapter), "ada/tiny-dpo")
     assert push_adapter(str(adapter), "ada/tiny-dpo").oid == first.oid
@@ -191,14 +204,12 @@ def test_what_is_no_saved_adapter_is_refused(hub, adapter, tmp_path):
 
 def refused(hub, adapter, repo_id="ada/tiny-dpo", **options):
     """The message of a push that must fail, after which every file must be as it was."""
-    push_card = adapter / "README.md"
     before = state_of(adapter)
     with pytest.raises(PushError) as caught:
         push_adapter(str(adapter), repo_id, **options)
-    after = state_of(adapter)
-    before.pop(push_card), after.pop(push_card)  # which is made anew for the repository
-    assert after == before
+    assert state_of(adapter) == before
     text = str(caught.value)
+    assert text.startswith(f"The push to {repo_id} failed: ")
     assert f"qlora-dpo push --adapter {adapter} --repo_id {repo_id}" in text
     for token in (WRITER, READER, STRANGER, options.get("token")):
         assert not token or token.strip() not in text
@@ -284,7 +295,9 @@ def test_the_command_says_it_in_one_line(hub, adapter, capsys):
     hub.fail("POST", "/commit/", 412)
     assert main(["push", "--adapter", str(adapter), "--repo_id", "ada/tiny-dpo"]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("qlora-dpo push: The adapter must be pushed to ada/tiny-dpo, got HfHubHTTPError")
+    assert last.startswith("qlora-dpo push: The push to ada/tiny-dpo failed: HfHubHTTPError")
+    again = f"qlora-dpo push --adapter {adapter} --repo_id ada/tiny-dpo"
+    assert last.endswith(f"Nothing in {adapter} was changed by it; push again with: {again}")
 
 
 def test_xet_that_cannot_be_reached_is_told_so(hub, adapter, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from transformers import (
@@ -383,7 +385,7 @@ def test_everything_a_converter_needs_is_in_the_folder(bases, adapter, tmp_path)
     merge_adapter(adapter, str(tmp_path / "out"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     needed = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert names == needed | {"chat_template.jinja", "merge.json"}
+    assert names == needed | {"chat_template.jinja", "merge.json", "README.md"}
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == build_chat_tokenizer().chat_template
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["dtype"], config["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
@@ -662,6 +664,43 @@ def test_the_differences_are_those_of_plain_forwards(into, dtype, run, tokenizer
     assert report.differences["quantized"].token_max < report.differences["original"].token_max
     assert json.loads((tmp_path / "out" / "merge.json").read_text()) == report.to_dict()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
+
+
+def test_a_merged_model_has_a_card_of_its_own(run, tmp_path):
+    """What it is made of, how to load it, and what was measured, as the Hub reads it."""
+    adapter, _ = run
+    folder = Path(shutil.copytree(adapter, tmp_path / "my-adapter"))
+    record = json.loads((folder / "qlora_dpo.json").read_text())
+    record["datasets"]["train"]["id"] = "org/rows"
+    (folder / "qlora_dpo.json").write_text(json.dumps(record | {"licence": {"license": "apache-2.0"}}))
+    report = merge_adapter(str(folder), str(tmp_path / "my-merged"), sample_rows=CHAT_ROWS[:4])
+    card = ModelCard.load(tmp_path / "my-merged" / "README.md")
+    data, found = card.data, report.differences["quantized"]
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "apache-2.0")
+    assert (data.datasets, data.base_model) == (["org/rows"], None)  # a folder is no id
+    assert {"dpo", "qlora-dpo", "sigmoid"} <= set(data.tags)
+    for words in (
+        f"{Path(record['base']).name} with the adapter my-adapter merged into it: one model, in bfloat16",
+        "quantised in training, dequantised", "from_pretrained('my-merged', dtype=\"auto\")", "8 groups, 8 pairs",
+        f"| merged into the quantized base, this model | {found.token_mean:.4f} | {found.token_max:.4f} |",
+        "| merged into the original base |", "That of the base model: apache-2.0.",
+    ):  # fmt: skip
+        assert words in card.text, words
+    assert str(tmp_path) not in str(card)
+    (source,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    exec(source.replace("my-merged", str(tmp_path / "my-merged")), {})  # it is the card's own
+    assert str(ModelCard(str(card))) == str(card)
+
+
+def test_a_merge_that_was_not_measured_says_so_in_its_card(bases, adapter, tmp_path):
+    record = json.loads(Path(adapter, "qlora_dpo.json").read_text()) | {"base": "org/base", "base_revision": None}
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
+    (moved / "qlora_dpo.json").write_text(json.dumps(record))
+    merge_adapter(str(moved), str(tmp_path / "out"), base=bases["llama"], into="original")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "as trained was not measured" in text
+    assert "The base was taken as it is stored." in text
+    assert "org/base" not in text  # another one was taken
 
 
 def test_in_fp32_the_4_bit_base_takes_the_adapter_without_a_difference(run, tmp_path):
