@@ -112,7 +112,7 @@ class Preparation:
             self.reports[name] = report
             self.origins[name] |= {key: getattr(report, key) for key in _TOLD}
             made = [column for column in ("pairs", "scores", "ranks") if column in dataset.column_names]
-            if "completions" in dataset.column_names and made[0] != "pairs":
+            if "completions" in dataset.column_names and made and made[0] != "pairs":
                 self.origins[name]["pairs_from"] = made[0]
             if self.args.process_index == 0:
                 show(report)

@@ -30,6 +30,8 @@ svg .rule{stroke:var(--rule);fill:none}svg .zero{stroke:var(--soft);fill:none}
 MOST_SLICES = 40
 _UNPRINTABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 46, 350, 8, 180
+_DIGIT = 6.6
+"""Width of a digit at most, in the fonts that are `system-ui`."""
 
 
 def drawable(value: Any) -> float:
@@ -86,7 +88,8 @@ class _Plane:
             parts.append(f'<path class="rule" d="M{_LEFT} {y}H{_RIGHT}"/>')
             parts.append(f'<text x="{_LEFT - 5}" y="{y + 4}" text-anchor="end">{label}</text>')
         for tick, label in _ticks(self.x, 5, 1 if whole else 0):
-            parts.append(f'<text x="{self.px(tick)}" y="{_BOTTOM + 16}" text-anchor="middle">{label}</text>')
+            x = round(min(self.px(tick), _WIDTH - _DIGIT * len(label) / 2), 1)  # none sticks out at the right
+            parts.append(f'<text x="{x}" y="{_BOTTOM + 16}" text-anchor="middle">{label}</text>')
         return "".join(parts)
 
 
@@ -246,16 +249,19 @@ def reliability(curves: Mapping[str, list[tuple[float, float, int]]]) -> Chart:
 
 
 def intervals(title: str, sets: Mapping[str, Mapping[str, Slice]]) -> Chart:
-    """A row for each part: its name, and for each set its accuracy as a dot on its interval."""
+    """A row for each part: its name, and below it for each set its accuracy as a dot on its interval."""
     names = list(dict.fromkeys(name for parts in sets.values() for name in parts))
     plane, height = _Plane((0, 1), (0, 1)), 12 + 42 * min(len(names), MOST_SLICES)
-    parts = [f'<path class="{"zero" if x == 0.5 else "rule"}" d="M{plane.px(x)} 4V{height}"/>' for x in (0, 0.5, 1)]
-    parts += [f'<text x="{plane.px(x)}" y="{height + 14}" text-anchor="middle">{x}</text>' for x in (0, 0.5, 1)]
+    rules = {"rule": (0, 1), "zero": (0.5,)}
+    parts = [f'<text x="{plane.px(x)}" y="{height + 14}" text-anchor="middle">{x}</text>' for x in (0, 0.5, 1)]
     for number, name in enumerate(names[:MOST_SLICES]):
         found = [(when, slices[name].accuracy) for when, slices in sets.items() if name in slices]
         top, last = 18 + 42 * number, found[-1][1]
         label = f"{clipped(name, 24)}: {last.value:.3f} [{last.low:.2f}, {last.high:.2f}], {last.count:,} pairs"
-        parts.append(f'<text x="{_LEFT + 4}" y="{top}">{label}</text>')
+        parts.append(f'<text x="6" y="{top}">{label}</text>')
+        foot = height if number + 1 == min(len(names), MOST_SLICES) else top + 28  # above the next name
+        for kind, places in rules.items():
+            parts.append(f'<path class="{kind}" d="{"".join(f"M{plane.px(x)} {top + 5}V{foot}" for x in places)}"/>')
         for row, (when, share) in enumerate(found):
             y, ends = top + 9 + 9 * row, f"{plane.px(drawable(share.low))} {plane.px(drawable(share.high))}".split()
             if "nan" in ends or math.isnan(drawable(share.value)):

@@ -18,7 +18,6 @@ from qlora_dpo.charts import (
     COLOURS,
     Chart,
     Line,
-    clipped,
     drawable,
     escaped,
     histogram,
@@ -62,7 +61,8 @@ table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:t
 border-bottom:1px solid var(--rule)}th{font-weight:500;color:var(--soft);width:11rem;overflow-wrap:normal}
 .pair{margin:0 0 1rem}.text{white-space:pre-wrap;unicode-bidi:isolate;font-size:.9rem;margin:.1rem 0 .6rem;
 padding-left:.6rem;border-left:3px solid currentColor}.text>*,.text{overflow-wrap:anywhere}
-.text span,.text summary{color:var(--ink)}summary{cursor:pointer}
+.text span,.text summary{color:var(--ink)}.text i{color:var(--soft);font-style:normal;font-size:.7rem}
+summary{cursor:pointer}
 @media(max-width:30rem){th{width:7.5rem}}
 """
 
@@ -91,14 +91,15 @@ def write_report(run_dir: str) -> str:
     notes += [f"evaluation/{when}/pairs.jsonl is missing." for when in folders if when not in pairs]
     curves, distributions, slices = curve_charts(state["log_history"]), _distributions(reports, pairs), _slices(reports)
     notes += write_pictures(run / PICTURES, [*curves, *distributions, *slices])
+    special = _special_tokens(run)
     title = escaped(f"Preference training of {run.resolve().name}")
     sections = {
         "Result": _headline(reports, metrics),
         "Curves": _grid(curves) + _not_logged(curves),
         "Margins and calibration": _grid(distributions),
         "Accuracy by part, with 95 % intervals": _grid(slices),
-        "Pairs": _extremes(pairs),
-        "Answers": _answers(run / GENERATIONS_NAME),
+        "Pairs": _extremes(pairs, special),
+        "Answers": _answers(run / GENERATIONS_NAME, special),
         "What was trained": _facts(run, state, metrics, record),
         "Missing from the run folder": "".join(f'<p class="soft">{escaped(note)}</p>' for note in notes),
     }
@@ -277,25 +278,33 @@ def _grid(charts: Sequence[Chart]) -> str:
     return f'<div class="grid">{"".join(chart.figure() for chart in charts)}</div>' if charts else ""
 
 
-def _answers(path: Path) -> str:
+def _special_tokens(run: Path) -> re.Pattern[str]:
+    """What matches a special token of the run's tokenizer, if that lies beside the adapter; else nothing."""
+    added = _optional(run / "tokenizer.json", []).get("added_tokens")
+    known = [one for one in added if isinstance(one, dict) and one.get("special")] if isinstance(added, list) else []
+    texts = sorted((str(one["content"]) for one in known if one.get("content")), key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, texts)) or r"(?!)") + ")")
+
+
+def _answers(path: Path, special: re.Pattern[str]) -> str:
     """The last answers that were sampled, policy and reference side by side."""
     lines = list(_json_lines(path)) if path.is_file() else []
     cards = []
     for line in [line for line in lines if line.get("step") == lines[-1].get("step")]:
         writers = {who: line[who] for who in ("policy", "reference") if isinstance(line.get(who), dict)}
         texts = [
-            f'<div><p class="soft">{who}, {escaped(way)}</p>{_folded(text, colour)}</div>'
+            f'<div><p class="soft">{who}, {escaped(way)}</p>{_folded(text, colour, special)}</div>'
             for way in dict.fromkeys(way for found in writers.values() for way in found)
             for colour, (who, found) in zip((0, 2), writers.items(), strict=False)
             if (text := found.get(way)) is not None
         ]
-        prompt = f'<p class="soft">prompt</p>{_folded(line.get("prompt", ""), 2)}'
+        prompt = f'<p class="soft">prompt</p>{_folded(line.get("prompt", ""), 2, special)}'
         head = f"<p>step {escaped(line.get('step', '?'))}</p>"
         cards.append(f'<div class="card pair">{head}{prompt}<div class="grid">{"".join(texts)}</div></div>')
     return "".join(cards)
 
 
-def _extremes(pairs: Mapping[str, Path]) -> str:
+def _extremes(pairs: Mapping[str, Path], special: re.Pattern[str]) -> str:
     """The pairs that were judged most wrongly and most rightly, after training where that is known."""
     if not pairs:
         return ""
@@ -306,12 +315,12 @@ def _extremes(pairs: Mapping[str, Path]) -> str:
     right = heapq.nlargest(SHOWN_PAIRS, (pair for pair in _pairs(pairs[when]) if margin(pair) > 0), key=margin)
     parts = []
     for title, found in {"Most wrong": wrong, "Most right": right}.items():
-        parts.append(f"<h3>{title}, {when} training</h3>" + "".join(map(_pair, found)))
+        parts.append(f"<h3>{title}, {when} training</h3>" + "".join(_pair(pair, special) for pair in found))
         parts.append("" if found else '<p class="soft">No such pair.</p>')
     return "".join(parts)
 
 
-def _pair(pair: Mapping[str, Any]) -> str:
+def _pair(pair: Mapping[str, Any], special: re.Pattern[str]) -> str:
     subset = "" if pair.get("subset") is None else f", subset {escaped(pair['subset'])}"
     head = f"row {escaped(pair.get('row', '?'))}, pair {escaped(pair.get('pair', '?'))}{subset}"
     texts = []
@@ -319,17 +328,23 @@ def _pair(pair: Mapping[str, Any]) -> str:
         reward, tokens = drawable(pair.get(f"reward_{name}")), pair.get(f"tokens_{name}")
         label = name + f", reward {reward:.3f}" * math.isfinite(reward)
         label += "" if tokens is None else f", {escaped(f'{drawable(tokens):g}')} tokens"
-        texts.append(f'<p class="soft">{label}</p>{_folded(pair.get(name, ""), colour)}')
+        texts.append(f'<p class="soft">{label}</p>{_folded(pair.get(name, ""), colour, special)}')
     return f'<div class="card pair"><p><b>margin {pair["margin"]:.3f}</b>, {head}</p>{"".join(texts)}</div>'
 
 
-def _folded(text: Any, colour: int) -> str:
-    """A text in a box, all of it behind its beginning if it is long."""
+def _folded(text: Any, colour: int, special: re.Pattern[str]) -> str:
+    """A text in a box, its special tokens muted, and all of it behind its beginning if it is long."""
     content = str(text)
-    shown = f"<span>{escaped(content)}</span>"
+    shown = f"<span>{_muted(content, special)}</span>"
     if len(content) > CLIP:
-        shown = f"<details><summary>{clipped(content, CLIP)}</summary>{shown}</details>"
+        shown = f"<details><summary>{_muted(content[: CLIP - 1] + '…', special)}</summary>{shown}</details>"
     return f'<div class="text c{colour}" dir="auto">{shown}</div>'
+
+
+def _muted(text: str, special: re.Pattern[str]) -> str:
+    """Escaped, with special tokens smaller and softer than the text."""
+    parts = map(escaped, special.split(text))
+    return "".join(f"<i>{part}</i>" if number % 2 else part for number, part in enumerate(parts))
 
 
 def _facts(run: Path, state: Mapping[str, Any], metrics: Mapping[str, Any], record: Mapping[str, Any]) -> str:

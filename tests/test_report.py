@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from qlora_dpo.charts import histogram
 from qlora_dpo.measures import Pairs, preference_report
 from qlora_dpo.report import write_report
 
@@ -228,6 +229,37 @@ def test_the_last_answers_stand_side_by_side(run):
     order = ["why?", "policy, greedy", "new &lt;b&gt;", "reference, greedy", "old", "policy, sampled", "new 2", "old 2"]
     places = [section.index(text) for text in order]
     assert places == sorted(places)
+
+
+def test_special_tokens_are_muted_where_the_tokenizer_says_which_they_are(run):
+    added = [{"content": "<|end|>", "special": True}, {"content": "<b>", "special": False}]
+    line = {"step": 1, "prompt": "<|user|>why?<|end|>", "policy": {"greedy": "<b>so</b><|end|><|end|>" + "x" * 400}}
+    save(run / "generations.jsonl", line)
+    assert "&lt;|user|&gt;why?&lt;|end|&gt;</span>" in page_of(run)  # nothing is known of any token
+    save(run / "tokenizer.json", {"added_tokens": added})
+    page = page_of(run)
+    assert "<span>&lt;|user|&gt;why?<i>&lt;|end|&gt;</i></span>" in page
+    assert page.count("&lt;b&gt;so&lt;/b&gt;<i>&lt;|end|&gt;</i><i>&lt;|end|&gt;</i>xxx") == 2  # folded and whole
+
+
+@pytest.mark.parametrize("high", [0.062, 0.5, 123.0, 1.2e-7, 34567.0])
+def test_no_number_sticks_out_of_a_chart_at_the_right(high):
+    """The last tick may lie at the very end of the axis; a digit is up to 6.6 units wide."""
+    for values in ([-high / 3, 0.0, high], [0.0, high]):
+        svg = ElementTree.fromstring(f"<svg>{histogram({'after': values}).drawing}</svg>")
+        ticks = [node for node in svg.iter("text") if node.attrib["text-anchor"] == "middle"]
+        assert len(ticks) > 1
+        assert all(float(node.attrib["x"]) + 3.3 * len(node.text) <= 360 for node in ticks)
+
+
+def test_no_rule_runs_through_the_name_of_a_part(run):
+    for title in ("Length", "Subset", "Turns"):
+        svg = ElementTree.fromstring(re.search("<svg.*?</svg>", chart(page_of(run), title), re.DOTALL)[0])
+        names = [float(node.attrib["y"]) for node in svg.iter("text") if "text-anchor" not in node.attrib]
+        rules = [node.attrib["d"] for node in svg.iter("path") if node.attrib.get("class") in ("zero", "rule")]
+        spans = [(float(a), float(b)) for path in rules for a, b in re.findall(r"M\S+ (\S+?)V([^M]+)", path)]
+        assert len(spans) == 3 * len(names) > 0
+        assert not [(y, span) for y in names for span in spans if span[0] < y + 3 and span[1] > y - 9]
 
 
 def test_each_chart_is_a_picture_too(run):

@@ -20,10 +20,15 @@ addEventListener("load", () => {
   const page = document.querySelector("iframe").contentDocument, body = page.body;
   const charts = [...page.querySelectorAll("figure > svg")].map(svg => svg.getBoundingClientRect());
   const text = page.querySelector("figure > svg text");
+  const outside = [...page.querySelectorAll("figure > svg text")].filter(text => {
+    const box = text.getBoundingClientRect(), frame = text.ownerSVGElement.getBoundingClientRect();
+    return box.left < frame.left || box.right > frame.right;
+  });
   document.getElementById("found").textContent = JSON.stringify({
     overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
     height: page.documentElement.scrollHeight,
     charts: charts.map(box => [box.width, box.height]),
+    outside: outside.map(text => text.textContent),
     letters: text.getBoundingClientRect().height,
     paper: page.defaultView.getComputedStyle(body).backgroundColor,
   });
@@ -47,6 +52,7 @@ def test_the_page_fits_and_its_charts_are_drawn(run, width, dark):  # noqa: F811
     write_report(str(run))
     found = measured(run.parent, width, dark)
     assert found["overflow"] == 0
+    assert found["outside"] == []
     assert len(found["charts"]) == 11
     assert all(w > 250 and h > 80 for w, h in found["charts"])
     assert found["letters"] > 8
