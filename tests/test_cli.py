@@ -169,7 +169,10 @@ def test_unknown_flags_are_refused(tmp_path):
         ({"--dtype": "int8"}, "`dtype` must be one of"),
         ({"--bnb_4bit_quant_storage": "int4"}, "`bnb_4bit_quant_storage` must be one of"),
         ({"--dataset_test_split": "test"}, "Use slices of it"),
-        ({"--max_length": "3"}, "all 8 were dropped"),
+        (
+            {"--max_length": "3"},
+            "all 8 were dropped (8: the prompt alone has max_length tokens or more). Raise `max_length`",
+        ),
         ({"--activation_offloading": "true"}, "`activation_offloading` must be False"),
     ],
 )
