@@ -4,6 +4,7 @@ Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config fil
 """
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -17,11 +18,11 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from qlora_dpo.checkpoints import checkpoint_to_resume
+from qlora_dpo.checkpoints import checkpoint_to_resume, last_intact
 from qlora_dpo.config import EVALUATION_FIELDS, QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
-from qlora_dpo.errors import FixableError
+from qlora_dpo.errors import FixableError, StoppedError
 from qlora_dpo.footprint import MemoryOptions
 from qlora_dpo.hub import push_adapter
 from qlora_dpo.judge import judged
@@ -197,8 +198,21 @@ def _summary(title: str, metrics: dict[str, float]) -> str:
 def train(words: Sequence[str]) -> None:
     """Train an adapter: `qlora-dpo train --model_name_or_path ... --dataset_name ... --output_dir ...`."""
     data, model, args = parse((DataArguments, ModelArguments, QLoRADPOConfig), words, "qlora-dpo train")
+    try:
+        _train(data, model, args)
+    except KeyboardInterrupt as stop:
+        found = last_intact(args.output_dir)
+        if found is None or not found[1]:
+            raise StoppedError("stopped, with no complete checkpoint. Run it again to begin anew.") from stop
+        raise StoppedError(
+            f"stopped; the last complete checkpoint is {found[0]}. Run it again with --resume_from_checkpoint true to "
+            "go on."
+        ) from stop
+
+
+def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> None:
     goes_on = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)  # before anything is loaded
-    load = {"path_or_id": data.dataset_name, "name": data.dataset_config}
+    load: dict[str, Any] = {"path_or_id": data.dataset_name, "name": data.dataset_config}
     train_rows = load_rows(split=data.dataset_train_split, **load)
     test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None
     set_seed(args.seed)  # the adapter's A matrices are random
@@ -315,7 +329,10 @@ class ScoreArguments:
 def score(words: Sequence[str]) -> int:
     """Score completions with an adapter: `qlora-dpo score --adapter DIR --source in.jsonl --target out.jsonl`."""
     (chosen,) = parse((ScoreArguments,), words, "qlora-dpo score")
-    count = score_file(**vars(chosen))
+    try:
+        count = score_file(**vars(chosen))
+    except KeyboardInterrupt as stop:
+        raise StoppedError("stopped. Run it again to go on.") from stop
     errors = row_errors(chosen.target)
     print(f"{count} rows scored into {chosen.target}")
     if errors:
@@ -445,7 +462,10 @@ def _usage() -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 if some rows had no score, or 2 for what the user can put right."""
+    """Run a command; returns the exit status.
+
+    It is 0, 1 if some rows had no score, 2 for what the user can put right, or 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -459,3 +479,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, FixableError) as error:
         print(f"qlora-dpo {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (StoppedError, KeyboardInterrupt) as stop:
+        how = str(stop) or "stopped."
+    gc.collect()  # closes progress bars, which would draw themselves below the line
+    print(f"\nqlora-dpo {words[0]}: {how}", file=sys.stderr)
+    return 130

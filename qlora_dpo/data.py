@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dpo.data_report import DataReport, data_report
 from qlora_dpo.preferences import FORMS, PAIR_VALUES, Preference, decoded, parse_row, without_nulls
 
-DATA_VERSION = 5
-"""Part of the cache key of tokenised data: raise it when the same row gives other tokens."""
+DATA_VERSION = 6
+"""Part of the cache key of tokenised data: raise it when the same row gives other tokens or columns."""
 
 GROUP_COLUMNS = ["prompt_ids", "completion_ids", "pairs", "row"]
 _FEATURES = Features(
@@ -32,6 +32,7 @@ _FEATURES = Features(
         "truncated": Value("bool"),
         "boundary_moved": Value("bool"),
         "lost_pairs": Value("int32"),
+        "whole_length": Value("int64"),
         "dropped": Value("string"),
     }
 )
@@ -230,8 +231,8 @@ def tokenize_row(
 
     Returns:
         `prompt_ids`, `completion_ids`, `pairs`, `row`; `dropped`: the reason, or "" if the group is kept; for the
-        report `truncated`, `boundary_moved`, `lost_pairs` (of a kept group); and `values`: a number for each pair,
-        `ref_logps` for each completion.
+        report `truncated`, `boundary_moved`, `lost_pairs` (of a kept group), `whole_length` (tokens of prompt + longest
+        completion before they are cut); and `values`: a number for each pair, `ref_logps` for each completion.
     """
     about = {"subset": str(row["subset"])} if "subset" in row else {}
     try:
@@ -273,11 +274,12 @@ def _tokenized(
 ) -> dict[str, Any]:
     """What `tokenize_row` returns, but for the row's number."""
     preference = parse_row(row, pair_strategy)
-    group: dict[str, Any] = {"boundary_moved": False, "lost_pairs": 0, "turns": _turns(preference)}
+    group: dict[str, Any] = {"boundary_moved": False, "lost_pairs": 0, "whole_length": 0, "turns": _turns(preference)}
     found = sequences(row, preference, tokenizer)
     if found is None:
         return group | _dropped(NO_COMMON_START, values)
     wholes, boundary, group["boundary_moved"] = found
+    group["whole_length"] = max(map(len, wholes))
     return group | _cut(wholes, boundary, preference, limits, values)
 
 
@@ -404,7 +406,16 @@ def prepare_dataset(
     keep = [i for i, reason in enumerate(mapped["dropped"]) if not reason]
     if not keep:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in Counter(mapped["dropped"]).items())
-        raise ValueError(f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}).")
+        lengths = sorted(mapped["whole_length"])
+        way_out = "Correct the rows."
+        if limits.max_length is not None and any(mapped["truncated"]):
+            way_out = (
+                f"Raise `max_length`, now {limits.max_length:,}: whole, half of the rows have at most "
+                f"{lengths[len(lengths) // 2]:,} tokens, and the longest {lengths[-1]:,}."
+            )
+        raise ValueError(
+            f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}). {way_out}"
+        )
     kept = mapped.select(keep).select_columns([*GROUP_COLUMNS, *values, *about])
     return kept, data_report(name, mapped, kept, columns, tokenizer, batch_size)
 

@@ -1,6 +1,7 @@
 """What became of the rows of a data set: the report that is printed at the start of a run."""
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.preferences import unused_columns
 
+MUCH_DROPPED = 0.1
+"""Share of rows beyond which a run warns that they are dropped."""
+
 
 @dataclass(frozen=True)
 class DataReport:
     """What became of a data set, printed at the start of a run.
 
-    Token lengths are of prompt + completion. `tokens_padded` is what one padded row per completion would compute at
-    this batch size in data order, and `tokens` what is placed in rows: each prompt and completion once.
+    Token lengths are of prompt + completion; `whole_*` of the longest of each row, before any was cut or dropped.
+    `tokens_padded` is what one padded row per completion would compute at this batch size in data order, and `tokens`
+    what is placed in rows: each prompt and completion once.
     """
 
     name: str
@@ -30,6 +35,8 @@ class DataReport:
     length_median: int
     length_p95: int
     length_max: int
+    whole_p95: int
+    whole_max: int
     truncated_share: float
     boundary_moved_share: float
     lost_pairs: int
@@ -49,11 +56,11 @@ class DataReport:
             f"tokens; truncated rows: {self.truncated_share:.1%}",
             f"  tokens computed: {self.tokens:,}, {self.tokens_saved:.0%} fewer than one padded row per completion",
         ]
+        if self.truncated_share:
+            lines.insert(2, f"  before they were cut: p95 {self.whole_p95:,}, max {self.whole_max:,} tokens")
         lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
         if self.lost_pairs:
-            lines.append(
-                f"  left out {self.lost_pairs:,} pairs: both sides are the same, or the same pair is there already"
-            )
+            lines.append(f"  left out {self.lost_pairs:,} pairs whose sides are the same")
         if self.boundary_moved_share:
             lines.append(
                 f"  prompt ends before its last token in {self.boundary_moved_share:.1%} of rows: alone it is "
@@ -115,6 +122,8 @@ def data_report(
         length_median=int(np.median(lengths)),
         length_p95=int(np.percentile(lengths, 95)),
         length_max=int(lengths.max()),
+        whole_p95=int(np.percentile(mapped["whole_length"], 95)),
+        whole_max=max(mapped["whole_length"]),
         truncated_share=float(np.mean(mapped["truncated"])),
         boundary_moved_share=float(np.mean(mapped["boundary_moved"])),
         lost_pairs=sum(mapped["lost_pairs"]),
@@ -124,7 +133,13 @@ def data_report(
     )
 
 
-def show(report: DataReport | None) -> None:
-    """Print a report where progress bars go."""
-    if report is not None:
-        print(report, file=sys.stderr)
+def show(report: DataReport) -> None:
+    """Print a report where progress bars go, and warn if much is dropped."""
+    print(report, file=sys.stderr)
+    dropped = sum(report.dropped.values())
+    if dropped > MUCH_DROPPED * report.rows:
+        reason = max(report.dropped, key=report.dropped.__getitem__)
+        warnings.warn(
+            f"Of the {report.rows:,} rows of the {report.name} data {dropped:,} are dropped, most because: {reason}.",
+            stacklevel=3,
+        )

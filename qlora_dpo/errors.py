@@ -1,4 +1,4 @@
-"""The errors of a run that are neither a bad value nor a bug: the message says how to put them right."""
+"""The ends of a run that are neither a bad value nor a bug: the message says how to put things right, or go on."""
 
 
 class FixableError(RuntimeError):
@@ -11,3 +11,7 @@ class OutOfMemoryError(FixableError):
 
 class PushError(FixableError):
     """An upload that failed. What was to be uploaded lies where it was."""
+
+
+class StoppedError(Exception):
+    """A command that Ctrl-C stopped; the message says how it goes on."""

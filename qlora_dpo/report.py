@@ -33,6 +33,10 @@ REPORT_PAGE, PICTURES = "report.html", "charts"
 STATE_NAME = "trainer_state.json"
 UNTOLD = {"run", "evaluations", "bco_delta"}
 """Fields of the record that are shown elsewhere on the page or serve only to go on with a run."""
+_WAY_OUT = (
+    "Name the `output_dir` of a training or one of its checkpoints; after training, trainer.save_model() and "
+    "trainer.save_state() write it."
+)
 SIDES = ("chosen", "rejected")
 CURVES = {
     "Loss": {"": "loss"},
@@ -147,13 +151,13 @@ def _state(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"`run_dir` must be a folder, got {run}. Pass the `output_dir` of a training run.")
     path = run / STATE_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"`run_dir` must hold {STATE_NAME}, got {run} without it. Call trainer.save_state().")
+        raise FileNotFoundError(f"`run_dir` must hold {STATE_NAME}, got {run} without it. {_WAY_OUT}")
     notes: list[str] = []
     state = _optional(path, notes)
     history = state.get("log_history")
     if not isinstance(history, list) or not all(isinstance(line, dict) for line in history):
         got = "no JSON object" if notes else f"{type(history).__name__} as `log_history`"
-        raise ValueError(f"`run_dir` must hold a log history in {STATE_NAME}, got {got}. Call trainer.save_state().")
+        raise ValueError(f"`run_dir` must hold a log history in {STATE_NAME}, got {got}. {_WAY_OUT}")
     return state
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.constants import REPOCARD_NAME
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -51,7 +52,7 @@ class SavingTrainer(StepTrainer):
     # ---- saving --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save adapter, tokenizer, `qlora_dpo.json` and card; never the arguments, which may hold a Hub token."""
+        """Save adapter, tokenizer, `qlora_dpo.json`, card and log; never the arguments, which may hold a Hub token."""
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
@@ -60,6 +61,8 @@ class SavingTrainer(StepTrainer):
         self.processing_class.save_pretrained(folder)
         write_record(folder, self.model, self._record())
         draw = not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR)
+        if draw and self.state.log_history:  # into a checkpoint `Trainer` writes it
+            self.state.save_to_json(str(Path(folder, TRAINER_STATE_NAME)))
         save_card(folder, self.hub_model_id, self.state.log_history, draw)  # instead of PEFT's draft
 
     @property

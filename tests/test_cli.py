@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from qlora_dpo import QLoRADPOConfig
+from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, cli
 from qlora_dpo.cli import COMMANDS, DataArguments, ModelArguments, main, parse
 from qlora_dpo.config import EVALUATION_FIELDS
 
@@ -132,6 +132,45 @@ def test_a_run_goes_on_from_its_last_checkpoint(base_folder, rows_file, tmp_path
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
 
 
+def test_a_stopped_training_says_how_to_go_on_and_where_it_does(base_folder, rows_file, tmp_path, capsys, monkeypatch):
+    words = [*train_words(base_folder, rows_file, tmp_path / "run"), "--save_steps", "1"]
+    words[words.index("--save_strategy") + 1] = "steps"
+
+    def stopped_after(steps):
+        real = QLoRADPOTrainer.training_step
+
+        def step(self, *args):
+            if self.state.global_step == steps:
+                raise KeyboardInterrupt
+            return real(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(QLoRADPOTrainer, "training_step", step)
+            assert main(words) == 130
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert stopped_after(0) == "qlora-dpo train: stopped, with no complete checkpoint. Run it again to begin anew."
+    last = tmp_path / "run" / "checkpoint-1"
+    assert stopped_after(1) == (
+        f"qlora-dpo train: stopped; the last complete checkpoint is {last}. Run it again with --resume_from_checkpoint "
+        "true to go on."
+    )
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 0
+    assert f"the training goes on from {last}\n" in capsys.readouterr().err
+
+
+def test_a_stopped_scoring_says_how_to_go_on(rows_file, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "score_file", stopped)
+    assert main(["score", "--adapter", "a", "--source", rows_file, "--target", "t"]) == 130
+    assert capsys.readouterr().err == "\nqlora-dpo score: stopped. Run it again to go on.\n"
+    monkeypatch.setitem(COMMANDS, "plan", stopped)
+    assert main(["plan"]) == 130
+    assert capsys.readouterr().err == "\nqlora-dpo plan: stopped.\n"
+
+
 def test_ranked_groups_train(base_folder, tmp_path):
     path = tmp_path / "ranked.jsonl"
     path.write_text("".join(json.dumps(ranked_row(seed)) + "\n" for seed in range(6)))
@@ -218,7 +257,10 @@ def test_unknown_flags_are_refused(tmp_path):
         ({"--dtype": "int8"}, "`dtype` must be one of"),
         ({"--bnb_4bit_quant_storage": "int4"}, "`bnb_4bit_quant_storage` must be one of"),
         ({"--dataset_test_split": "test"}, "Use slices of it"),
-        ({"--max_length": "3"}, "all 8 were dropped"),
+        (
+            {"--max_length": "3"},
+            "all 8 were dropped (8: the prompt alone has max_length tokens or more). Raise `max_length`",
+        ),
         ({"--activation_offloading": "true"}, "`activation_offloading` must be False"),
     ],
 )

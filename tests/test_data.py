@@ -1,12 +1,14 @@
 """Token ids, boundaries, truncation, what is dropped, and the report that says so."""
 
 import re
+import warnings
 
 import pytest
 from datasets import Dataset
 from tokenizers import processors
 
 from qlora_dpo.data import LONG_PROMPT, NO_PAIRS, TokenLimits, load_rows, prepare_dataset, tokenize_row
+from qlora_dpo.data_report import show
 from qlora_dpo.layouts import group_of
 
 from tiny_chat import build_chat_tokenizer, chat_row, ranked_row
@@ -135,6 +137,8 @@ def test_report_counts_what_happened(tokenizer):
     assert report.pairs == sum(len(row["pairs"]) for row in kept)
     assert report.dropped == {NO_PAIRS: 1, LONG_PROMPT: 1}
     assert report.unused_columns == ["source"]
+    assert report.whole_max == len(ids_of(tokenizer, f"<s> {'cat ' * 30}dog </s>"))
+    assert f"before they were cut: p95 {report.whole_p95}, max {report.whole_max} tokens" in str(report)
     lengths = [len(row["prompt_ids"]) + len(ids) for row in kept for ids in row["completion_ids"]]
     assert report.length_max == max(lengths)
     unique = sum(len(row["prompt_ids"]) + sum(len(ids) - 1 for ids in row["completion_ids"]) for row in kept)
@@ -244,6 +248,25 @@ def test_a_file_whose_rows_cannot_be_read_is_named_with_the_reason(tmp_path):
         load_rows(str(path))
 
 
+def test_a_max_length_that_drops_all_is_told_what_the_rows_need(tokenizer):
+    rows = [{"prompt": "the cat " * n, "chosen": " sees", "rejected": " finds"} for n in (2, 3, 9)]
+    needed = "Raise `max_length`, now 5: whole, half of the rows have at most 9 tokens, and the longest 21."
+    with pytest.raises(ValueError, match=re.escape(needed)):
+        prepare_dataset(Dataset.from_list(rows), tokenizer, TokenLimits(5))
+
+
+@pytest.mark.parametrize(("dropped", "warned"), [(1, False), (2, True)])
+def test_a_run_warns_if_more_than_a_tenth_of_its_rows_is_dropped(tokenizer, dropped, warned):
+    rows = [{"prompt": "the cat", "chosen": " sees", "rejected": " finds"}] * (10 - dropped)
+    equal = {"prompt": "the cat", "chosen": " sees", "rejected": " sees"}
+    _, report = prepare_dataset(Dataset.from_list(rows + [equal] * dropped), tokenizer, NO_LIMITS)
+    with warnings.catch_warnings(record=True) as found:
+        show(report)
+    assert [str(one.message).startswith("Of the 10 rows of the train data 2 are dropped") for one in found] == [
+        True
+    ] * warned
+
+
 # ---- numbers for pairs and completions -------------------------------------------------------------------------------
 
 
@@ -315,10 +338,10 @@ def test_a_tokenised_set_keeps_its_numbers():
     assert group_of(again[0]).weights == [2.0]
 
 
-def test_report_counts_pairs_that_fall_together(tokenizer):
+def test_report_counts_pairs_of_equal_sides(tokenizer):
     texts = [" sees", " finds", " likes", " finds"]
     rows = Dataset.from_list([{"prompt": "the cat", "completions": texts, "ranks": [1, 2, 3, 4]}])
     kept, report = prepare_dataset(rows, tokenizer, NO_LIMITS)
-    assert kept[0]["pairs"] == [[0, 1], [0, 2], [1, 2], [2, 1]]
-    assert (report.pairs, report.lost_pairs) == (4, 2)
-    assert "left out 2 pairs: both sides are the same, or the same pair is there already" in str(report)
+    assert kept[0]["pairs"] == [[0, 1], [0, 2], [0, 1], [1, 2], [2, 1]]  # each that was given counts
+    assert (report.pairs, report.lost_pairs) == (5, 1)
+    assert "left out 1 pairs whose sides are the same" in str(report)

@@ -324,14 +324,16 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_state_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold trainer_state\.json, got .* without it\. Call trainer"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold trainer_state\.json, got .* without it\. Name the `output_dir`"
+    ):
         write_report(str(tmp_path))
 
 
 @pytest.mark.parametrize(("text", "got"), [("{", "no JSON object"), ("{}", "NoneType as `log_history`")])
 def test_a_state_without_a_history_is_refused(tmp_path, text, got):
     (tmp_path / "trainer_state.json").write_text(text)
-    with pytest.raises(ValueError, match=f"`run_dir` must hold .*, got {got}. Call trainer"):
+    with pytest.raises(ValueError, match=f"`run_dir` must hold .*, got {got}. Name the"):
         write_report(str(tmp_path))
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.data import TokenLimits, prepare_dataset
 from qlora_dpo.model import default_quantization
+from qlora_dpo.report import write_report
 
 from reference_impl import completion_logps, pair_metrics, reference_logps
 from tiny_chat import CHAT_ROWS, build_tiny_llama, chat_row, ranked_row
@@ -441,3 +442,12 @@ def test_rows_keep_their_own_groups(tokenizer, make_args):
     row = chat_row(1)
     trainer = trainer_of(tokenizer, make_args(), rows=[row, row | {"rejected": chat_row(2)["rejected"]}])
     assert len(trainer.train_dataset) == 2
+
+
+def test_a_saved_model_can_be_reported_on_without_save_state(tokenizer, make_args, tmp_path):
+    trainer = trainer_of(tokenizer, make_args(max_steps=1))
+    trainer.save_model(str(tmp_path / "before"))
+    assert not (tmp_path / "before" / "trainer_state.json").exists()
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert "Loss" in Path(write_report(str(tmp_path / "saved"))).read_text()
