@@ -96,6 +96,11 @@ def train(words: Sequence[str]) -> None:
 
 
 def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> None:
+    if args.eval_strategy != "no" and data.dataset_test_split is None:
+        raise ValueError(
+            f"`dataset_test_split` must be given with `eval_strategy`, got none with {args.eval_strategy.value}. Add "
+            "--dataset_test_split 'train[90%:]', or leave out --eval_strategy."
+        )
     load: dict[str, Any] = {"path_or_id": data.dataset_name, "name": data.dataset_config}
     train_rows = load_rows(split=data.dataset_train_split, **load)
     test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None

@@ -229,6 +229,15 @@ def test_mistakes_end_with_one_line_and_status_2(base_folder, rows_file, tmp_pat
     assert message in last
 
 
+def test_an_eval_strategy_without_a_test_split_names_the_option(base_folder, rows_file, tmp_path, capsys):
+    words = [*train_words(base_folder, rows_file, tmp_path / "run"), "--eval_strategy", "steps"]
+    at = words.index("--dataset_test_split")
+    assert main(words[:at] + words[at + 2 :]) == 2
+    assert (
+        "`dataset_test_split` must be given with `eval_strategy`, got none with steps. Add" in capsys.readouterr().err
+    )
+
+
 def test_evaluating_a_folder_without_a_record_is_refused(tmp_path, rows_file, capsys):
     assert main(["evaluate", "--adapter", str(tmp_path), "--dataset_name", rows_file]) == 2
     assert "qlora_dpo.json" in capsys.readouterr().err
