@@ -1,5 +1,10 @@
 """QLoRA-DPO: Direct Preference Optimization of LoRA adapters on a 4-bit base, every token computed once."""
 
+from qlora_dpo.terminal import hush_bitsandbytes, is_command_line
+
+if is_command_line():
+    hush_bitsandbytes()  # which the imports below import
+
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.hub import push_adapter
 from qlora_dpo.judge import evaluate_preferences

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from datasets.exceptions import DatasetsError
-from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
+import qlora_dpo
 from qlora_dpo.checkpoints import checkpoint_to_resume, last_intact
 from qlora_dpo.config import EVALUATION_FIELDS, QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
@@ -28,9 +28,10 @@ from qlora_dpo.hub import push_adapter
 from qlora_dpo.judge import judged
 from qlora_dpo.memory import parse_bytes, plan_memory
 from qlora_dpo.merge import merge_adapter
-from qlora_dpo.model import default_quantization, load_policy, load_tokenizer
+from qlora_dpo.model import load_policy, load_tokenizer
+from qlora_dpo.options import DataArguments, ModelArguments, chosen_policy
 from qlora_dpo.parsing import parse
-from qlora_dpo.paths import UNKNOWN, adapter_folder, saved_adapter
+from qlora_dpo.paths import UNKNOWN, saved_adapter
 from qlora_dpo.record import (
     read_record,
     recorded_options,
@@ -44,73 +45,11 @@ from qlora_dpo.report import write_report
 from qlora_dpo.rewardbench import as_conversations, section_scores
 from qlora_dpo.score import row_errors, score_file
 from qlora_dpo.shapes import BUILT_IN
+from qlora_dpo.terminal import one_line_warnings
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
-DTYPES = ("bfloat16", "float16", "float32")
 TRAINING_ONLY = {f.name for f in fields(QLoRADPOConfig)}.difference(EVALUATION_FIELDS)
-STORAGE_DTYPES = ("uint8", *DTYPES)
-
-
-@dataclass
-class DataArguments:
-    """Which rows to use."""
-
-    dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .parquet or .csv file or a folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split to train on; slices such as 'train[:250]' are understood."}
-    )
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on, such as 'test' or 'train[250:]'. None: no evaluation."}
-    )
-
-
-@dataclass
-class ModelArguments:
-    """Which model to train, and how its adapter is made."""
-
-    model_name_or_path: str = field(
-        metadata={"help": "Hub id or folder of the base model, or folder of an adapter to go on with."}
-    )
-    new_adapter: bool = field(
-        default=False, metadata={"help": "Train a new adapter on top of the one named, which stays frozen."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dtype of unquantised weights and of 4-bit compute: bfloat16, float16 or float32. Default: 16 bit. "
-            "On a CPU without bf16 instructions float32, with --bf16 false, is about three times as fast."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the model outside the tree and packed layouts."}
-    )
-    load_in_4bit: bool = field(default=True, metadata={"help": "Load the base in 4 bit; --no_load_in_4bit for 16 bit."})
-    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit type: nf4 or fp4."})
-    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
-    bnb_4bit_quant_storage: str = field(
-        default="uint8",
-        metadata={
-            "help": "Dtype that holds the 4-bit weights: uint8, or for FSDP2, which shares out floats, bfloat16."
-        },
-    )
-    quantize_head: bool = field(
-        default=False, metadata={"help": "Load the head in 4 bit too, where it is not tied to the embeddings."}
-    )
-    embeddings_on_cpu: bool = field(
-        default=False,
-        metadata={"help": "Keep input embeddings in CPU memory, where they are neither tied to the head nor trained."},
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Adapter scale times rank."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout before the adapter; needs --disable_dropout false."}
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt. Default: all-linear, without the head."}
-    )
 
 
 @dataclass
@@ -125,59 +64,6 @@ class EvaluationArguments:
         default=None, metadata={"help": "rewardbench: rows of text with its subsets, and the scores of its sections."}
     )
     json: bool = field(default=False, metadata={"help": "Print the report as JSON instead of a table."})
-
-
-def _policy(model: ModelArguments, args: QLoRADPOConfig) -> Any:
-    if model.lora_dropout and args.disable_dropout:
-        raise ValueError(
-            f"`lora_dropout` must be 0 while `disable_dropout` is on, got {model.lora_dropout}. Add "
-            "--disable_dropout false."
-        )
-    targets = model.lora_target_modules or ["all-linear"]
-    lora: LoraConfig | None = LoraConfig(
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,  # in a list it would be a layer's name
-        task_type="CAUSAL_LM",
-    )
-    if adapter_folder(model.model_name_or_path) and not model.new_adapter:
-        changed = [f.name for f in fields(model) if f.name.startswith("lora_") and getattr(model, f.name) != f.default]
-        if changed:
-            raise ValueError(
-                f"`{changed[0]}` must be left out for {model.model_name_or_path}, an adapter that has its own, got "
-                f"{getattr(model, changed[0])}. Add --new_adapter true to train a new one on top of it."
-            )
-        lora = None
-    quantization = default_quantization()
-    quantization.bnb_4bit_quant_type = model.bnb_4bit_quant_type
-    quantization.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
-    if model.bnb_4bit_quant_storage not in STORAGE_DTYPES:
-        raise ValueError(
-            f"`bnb_4bit_quant_storage` must be one of {list(STORAGE_DTYPES)}, got {model.bnb_4bit_quant_storage}."
-        )
-    quantization.bnb_4bit_quant_storage = getattr(torch, model.bnb_4bit_quant_storage)
-    options: dict[str, Any] = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    if model.dtype is not None:
-        if model.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {model.dtype}.")
-        options["dtype"] = quantization.bnb_4bit_compute_dtype = getattr(torch, model.dtype)
-    options |= args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    args.model_init_kwargs = None  # they are used here
-    return load_policy(
-        model.model_name_or_path,
-        peft_config=lora,
-        quantize=model.load_in_4bit,
-        quantization_config=quantization if model.load_in_4bit else None,
-        gradient_checkpointing=bool(args.gradient_checkpointing),
-        quantize_head=model.quantize_head,
-        embeddings_on_cpu=model.embeddings_on_cpu,
-        **{name: value for name, value in options.items() if value is not None},
-    )
 
 
 def _write_metrics(folder: str, metrics: dict[str, Any]) -> None:
@@ -211,12 +97,17 @@ def train(words: Sequence[str]) -> None:
 
 
 def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> None:
+    if args.eval_strategy != "no" and data.dataset_test_split is None:
+        raise ValueError(
+            f"`dataset_test_split` must be given with `eval_strategy`, got none with {args.eval_strategy.value}. Add "
+            "--dataset_test_split 'train[90%:]', or leave out --eval_strategy."
+        )
     goes_on = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)  # before anything is loaded
     load: dict[str, Any] = {"path_or_id": data.dataset_name, "name": data.dataset_config}
     train_rows = load_rows(split=data.dataset_train_split, **load)
     test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None
     set_seed(args.seed)  # the adapter's A matrices are random
-    policy = _policy(model, args)
+    policy = chosen_policy(model, args)
     revision = {} if model.model_revision is None else {"revision": model.model_revision}
     tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code, **revision)
     trainer = QLoRADPOTrainer(
@@ -233,7 +124,7 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
         metrics["before"] = trainer.evaluate()
         judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "before")))
         _write_metrics(args.output_dir, metrics)
-    elif Path(args.output_dir, METRICS_NAME).is_file():
+    elif goes_on is not None and Path(args.output_dir, METRICS_NAME).is_file():
         metrics = json.loads(Path(args.output_dir, METRICS_NAME).read_text())
     metrics["train"] = trainer.train(resume_from_checkpoint=goes_on).metrics
     if test_rows is not None:
@@ -456,9 +347,20 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 
 
+_FOOT = "qlora-dpo COMMAND --help lists options. qlora-dpo --version says the version."
+
+
 def _usage() -> str:
     lines = [f"  {name:9} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: qlora-dpo COMMAND [options]", "", *lines, "", "qlora-dpo COMMAND --help lists options."])
+    return "\n".join(
+        [
+            "usage: qlora-dpo COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "qlora-dpo COMMAND --help lists options; qlora-dpo --version.",
+        ]
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -470,12 +372,16 @@ def main(words: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    if words[0] == "--version":
+        print(f"qlora-dpo {qlora_dpo.__version__}")
+        return 0
     if words[0] not in COMMANDS:
         print(f"A command must be one of {sorted(COMMANDS)}, got {words[0]}.\n{_usage()}", file=sys.stderr)
         return 2
     transformers_logging.set_verbosity_warning()
     try:
-        return COMMANDS[words[0]](words[1:]) or 0
+        with one_line_warnings():
+            return COMMANDS[words[0]](words[1:]) or 0
     except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, FixableError) as error:
         print(f"qlora-dpo {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"errors", "offload", "recompute"},
+    {"errors", "offload", "recompute", "terminal"},
     {
         "preferences",
         "scores",
@@ -50,7 +50,7 @@ LAYERS = [
     {"saving"},
     {"trainer"},
     {"demo", "judge", "score", "compare", "merge"},
-    {"parsing"},
+    {"parsing", "options"},
     {"cli"},
     {"__main__", "__init__"},
 ]

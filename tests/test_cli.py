@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+import qlora_dpo
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, cli
 from qlora_dpo.cli import COMMANDS, DataArguments, ModelArguments, main, parse
 from qlora_dpo.config import EVALUATION_FIELDS
@@ -277,6 +278,15 @@ def test_mistakes_end_with_one_line_and_status_2(base_folder, rows_file, tmp_pat
     assert message in last
 
 
+def test_an_eval_strategy_without_a_test_split_names_the_option(base_folder, rows_file, tmp_path, capsys):
+    words = [*train_words(base_folder, rows_file, tmp_path / "run"), "--eval_strategy", "steps"]
+    at = words.index("--dataset_test_split")
+    assert main(words[:at] + words[at + 2 :]) == 2
+    assert (
+        "`dataset_test_split` must be given with `eval_strategy`, got none with steps. Add" in capsys.readouterr().err
+    )
+
+
 def test_evaluating_a_folder_without_a_record_is_refused(tmp_path, rows_file, capsys):
     assert main(["evaluate", "--adapter", str(tmp_path), "--dataset_name", rows_file]) == 2
     assert "qlora_dpo.json" in capsys.readouterr().err
@@ -342,6 +352,36 @@ def test_what_is_evaluated_instead_of_an_adapter_is_said(base_folder, rows_file,
 def test_an_unknown_command_is_refused(capsys):
     assert main(["trian"]) == 2
     assert "got trian" in capsys.readouterr().err
+
+
+def test_the_version_is_the_package_s(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qlora-dpo {qlora_dpo.__version__}\n"
+
+
+def test_a_warning_is_one_line_while_a_command_runs(capsys, monkeypatch):
+    def warn(_):
+        warnings.warn("Something\nis odd.", stacklevel=2)
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will", FutureWarning, stacklevel=2)
+        print(warnings.formatwarning("Something\nis odd.", UserWarning, "cli.py", 7), end="")
+
+    before = warnings.formatwarning
+    monkeypatch.setitem(COMMANDS, "plan", warn)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert main(["plan"]) == 0
+    assert [str(one.message) for one in found] == ["Something\nis odd."]
+    assert capsys.readouterr().out == "qlora-dpo: warning: Something is odd.\n"
+    assert warnings.formatwarning is before
+
+
+def test_a_command_says_nothing_of_the_packages_below_it(base_folder, rows_file, tmp_path):
+    """The first line of every command was bitsandbytes' about a kernel, on a CPU with bf16 instructions."""
+    words = [sys.executable, "-m", "qlora_dpo", *train_words(base_folder, rows_file, tmp_path / "run")]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    assert "gemm_4bit_forward" not in shown
+    assert "is_gradient_checkpointing" not in shown
+    assert "FutureWarning" not in shown
 
 
 def test_help_names_every_command(capsys):

@@ -1,0 +1,133 @@
+"""The options of `qlora-dpo train` for data and model, and the policy made from them."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+
+from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.model import default_quantization, load_policy
+from qlora_dpo.paths import adapter_folder
+
+DTYPES = ("bfloat16", "float16", "float32")
+STORAGE_DTYPES = ("uint8", *DTYPES)
+
+
+@dataclass
+class DataArguments:
+    """Which rows to use."""
+
+    dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .parquet or .csv file or a folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on; slices such as 'train[:250]' are understood."}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, such as 'test' or 'train[250:]'. None: no evaluation."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train, and how its adapter is made."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id or folder of the base model, or folder of an adapter to go on with."}
+    )
+    new_adapter: bool = field(
+        default=False, metadata={"help": "Train a new adapter on top of the one named, which stays frozen."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of unquantised weights and of 4-bit compute: bfloat16, float16 or float32. Default: 16 bit. "
+            "On a CPU without bf16 instructions float32, with --bf16 false, is about three times as fast."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the model outside the tree and packed layouts."}
+    )
+    load_in_4bit: bool = field(default=True, metadata={"help": "Load the base in 4 bit; --no_load_in_4bit for 16 bit."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit type: nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
+    bnb_4bit_quant_storage: str = field(
+        default="uint8",
+        metadata={
+            "help": "Dtype that holds the 4-bit weights: uint8, or for FSDP2, which shares out floats, bfloat16."
+        },
+    )
+    quantize_head: bool = field(
+        default=False, metadata={"help": "Load the head in 4 bit too, where it is not tied to the embeddings."}
+    )
+    embeddings_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Keep input embeddings in CPU memory, where they are neither tied to the head nor trained."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Adapter scale times rank."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapter; needs --disable_dropout false."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt. Default: all-linear, without the head."}
+    )
+
+
+def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
+    """The policy that options ask for.
+
+    Raises:
+        ValueError: For options that cannot go together, or are none of what there is.
+    """
+    if model.lora_dropout and args.disable_dropout:
+        raise ValueError(
+            f"`lora_dropout` must be 0 while `disable_dropout` is on, got {model.lora_dropout}. Add "
+            "--disable_dropout false."
+        )
+    targets = model.lora_target_modules or ["all-linear"]
+    lora: LoraConfig | None = LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,  # in a list it would be a layer's name
+        task_type="CAUSAL_LM",
+    )
+    if adapter_folder(model.model_name_or_path) and not model.new_adapter:
+        changed = [f.name for f in fields(model) if f.name.startswith("lora_") and getattr(model, f.name) != f.default]
+        if changed:
+            raise ValueError(
+                f"`{changed[0]}` must be left out for {model.model_name_or_path}, an adapter that has its own, got "
+                f"{getattr(model, changed[0])}. Add --new_adapter true to train a new one on top of it."
+            )
+        lora = None
+    quantization = default_quantization()
+    quantization.bnb_4bit_quant_type = model.bnb_4bit_quant_type
+    quantization.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
+    if model.bnb_4bit_quant_storage not in STORAGE_DTYPES:
+        raise ValueError(
+            f"`bnb_4bit_quant_storage` must be one of {list(STORAGE_DTYPES)}, got {model.bnb_4bit_quant_storage}."
+        )
+    quantization.bnb_4bit_quant_storage = getattr(torch, model.bnb_4bit_quant_storage)
+    options: dict[str, Any] = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if model.dtype is not None:
+        if model.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {model.dtype}.")
+        options["dtype"] = quantization.bnb_4bit_compute_dtype = getattr(torch, model.dtype)
+    options |= args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    args.model_init_kwargs = None  # they are used here
+    return load_policy(
+        model.model_name_or_path,
+        peft_config=lora,
+        quantize=model.load_in_4bit,
+        quantization_config=quantization if model.load_in_4bit else None,
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+        quantize_head=model.quantize_head,
+        embeddings_on_cpu=model.embeddings_on_cpu,
+        **{name: value for name, value in options.items() if value is not None},
+    )
