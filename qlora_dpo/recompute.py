@@ -15,6 +15,14 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+def keep_activations(model: Any) -> None:
+    """Turn off gradient checkpointing."""
+    if hasattr(model, "activation_checkpointing_disable"):  # the newer name
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The layers of a causal LM's decoder that can recompute themselves, first to last.
 

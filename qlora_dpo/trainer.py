@@ -52,7 +52,7 @@ from qlora_dpo.model import keep_one_arithmetic
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
-from qlora_dpo.recompute import checkpoint_activations
+from qlora_dpo.recompute import checkpoint_activations, keep_activations
 from qlora_dpo.record import read_record
 from qlora_dpo.reference import (
     GIVEN,
@@ -435,6 +435,6 @@ def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:
     if args.disable_dropout:
         disable_dropout(policy)
     if not args.recomputes:
-        policy.get_base_model().gradient_checkpointing_disable()  # `load_policy` turns it on
+        keep_activations(policy.get_base_model())  # `load_policy` turns checkpointing on
     elif args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         policy.enable_input_require_grads()  # the reentrant kind sees no gradient behind frozen embeddings
