@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -138,7 +137,7 @@ def last_intact(run: str) -> tuple[Path, bool] | None:
 
 
 def checkpoint_to_resume(asked: str | bool | None, run: str) -> str | None:
-    """The whole checkpoint that a run is to go on from, which is said where progress bars go; None to begin anew.
+    """The whole checkpoint that a run is to go on from; None to begin anew.
 
     Args:
         asked: True or "true" for the last one of the run; those that are not whole are skipped with a warning. A path
@@ -152,7 +151,7 @@ def checkpoint_to_resume(asked: str | bool | None, run: str) -> str | None:
     if asked in (None, False, "false", "False"):
         return None
     if asked in (True, "true", "True"):
-        return _said(_last_whole(run))
+        return str(_last_whole(run))
     folder = Path(str(asked)).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"`resume_from_checkpoint` must be a checkpoint's folder, got {asked}. Check the path.")
@@ -162,11 +161,6 @@ def checkpoint_to_resume(asked: str | bool | None, run: str) -> str | None:
             f"`resume_from_checkpoint` must be a complete checkpoint, got {folder}: {wrong}. Name another, or use True "
             "for the last complete one."
         )
-    return _said(folder)
-
-
-def _said(folder: Path) -> str:
-    print(f"the training goes on from {folder}", file=sys.stderr)
     return str(folder)
 
 

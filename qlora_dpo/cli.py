@@ -347,20 +347,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 
 
-_FOOT = "qlora-dpo COMMAND --help lists options. qlora-dpo --version says the version."
-
-
 def _usage() -> str:
     lines = [f"  {name:9} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: qlora-dpo COMMAND [options]",
-            "",
-            *lines,
-            "",
-            "qlora-dpo COMMAND --help lists options; qlora-dpo --version.",
-        ]
-    )
+    foot = "qlora-dpo COMMAND --help lists options. qlora-dpo --version says the version."
+    return "\n".join(["usage: qlora-dpo COMMAND [options]", "", *lines, "", foot])
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """`QLoRADPOTrainer`: a `transformers.Trainer` whose step reads like the DPO paper."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -303,6 +304,8 @@ class QLoRADPOTrainer(SavingTrainer):
         broadcast_object_list(found)
         if found[1] is not None:
             raise found[1]
+        if found[0] is not None and self.args.process_index == 0:
+            print(f"the training goes on from {found[0]}", file=sys.stderr)
         return found[0]
 
     def _longest(self) -> dict[str, Any] | None:

@@ -115,7 +115,12 @@ def test_the_way_to_load_gives_the_base_as_it_was_in_training(options, adapter, 
     source = source.replace("'tiny-base'", repr(base_folder)).replace("'tiny-dpo'", repr(str(adapter)))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of a base in other bits
-        exec(source, {})  # it is the card's own
+        loaded: dict = {}
+        exec(source, loaded)  # it is the card's own
+    head = type(trained.get_base_model().get_output_embeddings())
+    found = loaded["policy"]
+    assert type(found.get_base_model().get_output_embeddings()) is head
+    assert getattr(found.config, "quantization_config", None) == quantization
 
 
 def test_the_ways_to_load_bring_the_tokenizer(run):

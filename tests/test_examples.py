@@ -1,8 +1,10 @@
 """The examples run, and what they say of their adapters is so."""
 
 import json
+import os
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +90,23 @@ def test_reward_scoring(run, base_folder, rows_file, tmp_path):
     rows = [{key: row[key] for key in ("prompt", "completions")} for row in map(ranked_row, range(3))]
     ranked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run("reward_scoring.py", adapter=tmp_path / "run", rows=ranked).out.count("best first [") == 3
+
+
+def test_the_example_runs_on_several_processes(base_folder, rows_file, tmp_path):
+    """The first command for several GPUs, on two CPUs."""
+    text = (EXAMPLES / "multi_gpu" / "README.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("torchrun ")]
+    launcher, script = line.removeprefix("torchrun ").split(" examples/dpo.py ")
+    options = {"model": base_folder, "dataset": rows_file, "test_split": "train[:3]", "max_steps": 1}
+    words = [part for key, value in (options | {"output_dir": tmp_path}).items() for part in (f"--{key}", str(value))]
+    assert script.split()[0] in words
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *launcher.split(), "--master_port", "29695",
+         str(EXAMPLES / "dpo.py"), *words],
+        capture_output=True, text=True, timeout=200, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "qlora_dpo.json").read_text())["training"]["processes"] == 2
 
 
 def test_accelerate_configs_are_read():

@@ -190,7 +190,11 @@ def test_an_evaluation_is_not_warned_of_training(base_folder, tokenizer, make_ar
     monkeypatch.setattr(room, "card_memory", lambda device: GIB)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no room to train")
-        QLoRADPOTrainer(model=load_policy(base_folder), args=make_args(), eval_dataset=Dataset.from_list(CHAT_ROWS))
+        rows, policy = Dataset.from_list(CHAT_ROWS), load_policy(base_folder)
+        trainer = QLoRADPOTrainer(model=policy, args=make_args(), eval_dataset=rows)
+        assert trainer.data_collator.max_tokens is None
+        with pytest.raises(UserWarning, match="no room to train"):
+            QLoRADPOTrainer(model=policy, args=make_args(), train_dataset=rows)
 
 
 def test_tokens_of_an_earlier_training_stay_counted(tokenizer, make_args, monkeypatch):

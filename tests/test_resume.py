@@ -84,6 +84,7 @@ CASES = {
     "initial": {"adapter": True, "kind": "initial"},
     "stacked on a frozen adapter": {"adapter": True, "peft_config": LoraConfig(**NOISY), "kind": "adapter"},
     "path of an adapter": {"reference": "SFT", "kind": "adapter"},
+    "path of a model": {"reference": "MODEL", "kind": "model"},
     "precomputed": {"precompute_ref_log_probs": True},
     "given": {"rows": GIVEN},
     "average, moved before the checkpoint": MOVING | {"kind": "average"},
@@ -102,7 +103,7 @@ def test_a_run_goes_on_to_the_last_bit(case, base_folder, sft, tokenizer, make_a
     """In the middle of an epoch and of a log line's pairs, on an NF4 base, with dropout, evaluations and answers."""
     case = {"rows": CHAT_ROWS[:8], "adapter": None, "kind": "base", "peft_config": None} | case
     rows, adapter, kind, stacked = (case.pop(name) for name in ("rows", "adapter", "kind", "peft_config"))
-    case["reference"] = case.get("reference", "auto").replace("SFT", sft)
+    case["reference"] = case.get("reference", "auto").replace("SFT", sft).replace("MODEL", base_folder)
     options = {
         "max_steps": 5, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 1,
         "logging_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "disable_dropout": False,
