@@ -237,12 +237,22 @@ def _two_sides(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text 
 
     Some sets give the prompt as text or messages beside sides that are conversations and begin with it, or with its
     last turns (a system message is then in the prompt alone).
+
+    Raises:
+        ValueError: If a prompt of text is in none of the messages that the sides begin with, nor any of them in it.
     """
     if isinstance(chosen, str) or isinstance(rejected, str):
         return prompt, [chosen, rejected]
     shared, ends = _split_messages(chosen, rejected)
     if isinstance(prompt, str) and not shared:
         return prompt, [chosen, rejected]
+    if isinstance(prompt, str):
+        said = [str(message.get("content") or "").strip() for message in shared]
+        if not any(prompt.strip() in text or (text and text in prompt) for text in said):
+            raise ValueError(
+                f"`prompt` must be in the messages that both sides begin with, got {prompt[:40]!r} and "
+                f"{said[0][:40]!r}. Make it a message, or remove the column."
+            )
     given = prompt if prompt and not isinstance(prompt, str) else shared
     repeated = max(n for n in range(len(given) + 1) if given[len(given) - n :] == shared[:n])
     return ([*given, *shared[repeated:]], ends) if repeated else (given, [chosen, rejected])

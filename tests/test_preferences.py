@@ -26,6 +26,17 @@ def test_what_the_sides_repeat_of_the_prompt_is_there_once(prompt):
     assert (found.prompt, found.completions) == (prompt, [[YES], [NO]])
 
 
+@pytest.mark.parametrize("prompt", ["hi", " hi\n", "h", "Human: hi\n\nAssistant:", ""])
+def test_a_prompt_of_text_is_what_the_messages_say(prompt):
+    found = parse_row({"prompt": prompt, "chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]})
+    assert (found.prompt, found.completions) == ([SYSTEM, USER], [[YES], [NO]])
+
+
+def test_a_prompt_of_text_that_no_message_says_is_not_passed_over():
+    with pytest.raises(ValueError, match="`prompt` must be in the messages that both sides begin with, got 'never'"):
+        parse_row({"prompt": "never", "chosen": [USER, YES], "rejected": [USER, NO]})
+
+
 def test_a_first_turn_that_both_sides_write_is_theirs():
     found = parse_row({"prompt": [USER], "chosen": [CALL, YES], "rejected": [CALL, NO]})
     assert (found.prompt, found.completions) == ([USER], [[CALL, YES], [CALL, NO]])
