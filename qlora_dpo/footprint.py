@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qlora_dpo.logps import chunk_length
+from qlora_dpo.logps import chunk_length, strip_length
 from qlora_dpo.shapes import Shape
 
 FP32 = 4
@@ -238,7 +238,8 @@ def _reference_layer(shape: Shape, options: MemoryOptions) -> dict[str, int]:
 
 def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]:
     """The LM head: last hidden states, those at scored positions, their unit gradient, and tiles of logits."""
-    c, chunk = options.width, min(chunk_length(shape.vocabulary, options.logps_chunk_size), options.scored)
+    c, width = options.width, FP32 if options.quantize_head else options.width
+    chunk = min(chunk_length(shape.vocabulary, options.logps_chunk_size, width), options.scored)
     states = options.tokens * shape.hidden * c
     rows = options.scored * shape.hidden * c
     keeps = trained and not options.activation_offloading
@@ -247,8 +248,10 @@ def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]
     if not options.quantize_head:
         product = chunk * shape.hidden * c
         parts["unit gradient"] = (rows + product) * trained
-        # The logits and their exponentials; or, where they are soft-capped, three on the way there.
-        parts["logit tiles"] = (3 if shape.softcap else 2) * FP32 * shape.vocabulary * chunk
+        # In fp32, of a strip, the logits (unless the tile is) and their exponentials; three where they are soft-capped.
+        strip = FP32 * shape.vocabulary * min(strip_length(shape.vocabulary, options.device), chunk)
+        parts["logit tiles"] = shape.vocabulary * chunk * c
+        parts["logit strips"] = strip * (3 if shape.softcap else 2 - (c == FP32))
         return parts
     # `logps.any_head_token_scores`: logits, those less their maximum, and exponentials; or, in the product that makes
     # the logits and in its backward pass, the whole head dequantised beside a tile in the compute dtype.

@@ -1,7 +1,7 @@
 """Log-probabilities of target tokens from hidden states, one tile of logits at a time.
 
 Shapes: N scored positions, H hidden size, V vocabulary. The `(N, V)` logits never exist: only `(chunk, V)` of them,
-in the policy pass, in the reference pass and in evaluation.
+in the policy pass, in the reference pass and in evaluation; and of those, only `(n, V)` in fp32.
 
 Two ways to the same numbers: `any_head_token_scores` calls the head module itself and recomputes each tile in the
 backward pass, so it carries any head (LoRA on the head, 4-bit, trainable); `frozen_head_token_scores` serves a plain
@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-TILE_ELEMENTS, MOST_TILE_ELEMENTS, TILE_POSITIONS = 2**22, 2**24, 128
-"""Logits in a tile when no chunk size is asked for: 16 MiB in fp32, which a large cache holds, or more, up to 64 MiB,
-for 128 positions, below which a matrix product mostly reads the head."""
+TILE_BYTES, MOST_TILE_ELEMENTS, TILE_POSITIONS = 2**24, 2**24, 128
+"""Size of a tile of logits when no chunk size is asked for: 16 MiB, which a large cache holds; more for 128 positions,
+as with fewer a matrix product mostly reads the head, but no more than 2^24 logits."""
+
+STRIP_ELEMENTS = {"cpu": 2**20, "cuda": 2**22}
+"""Logits of a tile that are in fp32 at a time: as many as a core's own cache holds, or as a GPU is busy with."""
 
 STATISTICS = ("entropy", "mean_logits", "is_top1")
 """Per-token statistics that are logged, read off the tiles beside the log-probability."""
@@ -55,7 +58,9 @@ class LogitRule:
 
     def derivative(self, ruled: Tensor) -> Tensor | float:
         """d(ruled)/d(raw), from the ruled logits: the derivative of tanh is 1 - tanh^2."""
-        return self.scale if not self.softcap else self.scale * (1 - (ruled / self.softcap) ** 2)
+        if not self.softcap:
+            return self.scale
+        return (ruled / self.softcap).square_().neg_().add_(1).mul_(self.scale)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -63,25 +68,34 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def chunk_length(vocabulary: int, chunk_size: int | None) -> int:
-    """Positions in a tile: `chunk_size`, or by the number of logits.
+def chunk_length(vocabulary: int, chunk_size: int | None, width: int) -> int:
+    """Positions in a tile: `chunk_size`, or by the size of its logits of `width` bytes.
 
-    >>> chunk_length(16_384, None), chunk_length(128_256, None), chunk_length(262_144, None)
-    (256, 128, 64)
+    >>> chunk_length(16_384, None, 2), chunk_length(16_384, None, 4), chunk_length(262_144, None, 2)
+    (512, 256, 64)
     """
     if chunk_size:
         return chunk_size
-    few, most = TILE_ELEMENTS // vocabulary, max(16, MOST_TILE_ELEMENTS // vocabulary)
+    few, most = TILE_BYTES // (width * vocabulary), max(16, MOST_TILE_ELEMENTS // vocabulary)
     return min(max(few, TILE_POSITIONS), most)
+
+
+def strip_length(vocabulary: int, device: str) -> int:
+    """Positions of a tile that are in fp32 at a time, so that a pass over them finds in a cache what the last one left.
+
+    >>> strip_length(16_384, "cpu"), strip_length(128_256, "cpu"), strip_length(128_256, "cuda")
+    (64, 8, 32)
+    """
+    return max(1, STRIP_ELEMENTS.get(device, STRIP_ELEMENTS["cuda"]) // vocabulary)
 
 
 def tile_scores(
     logits: Tensor, targets: Tensor, statistics: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Scores of one tile. The tile becomes the logits less their largest: a pass over it costs more than arithmetic.
+    """Scores of one tile, which is used up: a pass over new memory costs more than arithmetic.
 
     Args:
-        logits: `(n, V)` fp32 or wider; changed in place.
+        logits: `(n, V)` fp32 or wider; overwritten.
         targets: `(n,)` token ids.
         statistics: Of `entropy` in nats, `mean_logits` over the vocabulary, `is_top1` (1 if the target is the top
             token) and `log_sum_sq_probs`, the log of the sum of squared probabilities.
@@ -99,18 +113,13 @@ def tile_scores(
     weights = torch.exp(logits)
     total = weights.sum(-1, keepdim=True)
     normaliser = torch.log(total)
-    if "entropy" in statistics:
-        found["entropy"] = normaliser[:, 0] - _row_products(weights, logits) / total[:, 0]
-    if "log_sum_sq_probs" in statistics:
-        found["log_sum_sq_probs"] = torch.log(_row_products(weights, weights)) - 2 * normaliser[:, 0]
     logps = (logits.gather(-1, targets[:, None]) - normaliser)[:, 0]
+    if "entropy" in statistics:
+        found["entropy"] = normaliser[:, 0] - logits.mul_(weights).sum(-1) / total[:, 0]
+    if "log_sum_sq_probs" in statistics:
+        squares = torch.mul(weights, weights, out=logits).sum(-1)
+        found["log_sum_sq_probs"] = torch.log(squares) - 2 * normaliser[:, 0]
     return {"token_logps": logps} | {name: found[name] for name in statistics}, weights, total
-
-
-def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """`(n,)` inner products of the rows, without a tile of products, and not narrowed by autocast."""
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -136,17 +145,8 @@ class _FrozenHead(torch.autograd.Function):
         pieces: list[dict[str, Tensor]] = []
         for start in range(0, hidden.shape[0], chunk):
             tile = slice(start, start + chunk)
-            raw = nn.functional.linear(hidden[tile], weight, bias)
-            dtype, logits = raw.dtype, widen(raw)
-            del raw
-            logits = rule.apply(logits)
-            slope = rule.derivative(logits) if unit_gradient is not None else 1.0
-            scores, weights, total = tile_scores(logits, targets[tile], statistics)
-            del logits
-            pieces.append(scores)
-            if unit_gradient is not None:
-                unit_gradient[tile] = _unit_gradient(weight.to(dtype), weights, total, slope, targets[tile])
-            del weights, slope  # before the next tile is made
+            wanted = None if unit_gradient is None else unit_gradient[tile]
+            pieces += _score_tile(hidden[tile], weight, bias, targets[tile], rule, statistics, wanted)
         ctx.save_for_backward(*([] if unit_gradient is None else [unit_gradient]))
         outputs = tuple(torch.cat([piece[name] for piece in pieces]) for name in pieces[0])
         ctx.mark_non_differentiable(*outputs[1:])
@@ -159,24 +159,44 @@ class _FrozenHead(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-def _unit_gradient(weight: Tensor, weights: Tensor, total: Tensor, slope: Tensor | float, targets: Tensor) -> Tensor:
-    """`(n, H)` W[y] - sum_v p_v W[v], with the slope of the logit rule at every logit; `weights` are used up.
+def _score_tile(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rule: LogitRule,
+    statistics: Sequence[str],
+    unit_gradient: Tensor | None,
+) -> list[dict[str, Tensor]]:
+    """Scores by strip, from hidden states `(chunk, H)`; `unit_gradient` `(chunk, H)` is filled where it is wanted."""
+    logits = nn.functional.linear(hidden, weight, bias)
+    safe = 1024.0 if logits.dtype is torch.float16 else 1.0  # fp16 has nothing below 6e-8
+    factor = None if unit_gradient is None else safe
+    length = strip_length(weight.shape[0], weight.device.type)
+    strips = zip(logits.split(length), targets.split(length), strict=True)
+    scores = [_score_strip(strip, ids, rule, statistics, factor) for strip, ids in strips]
+    if unit_gradient is not None:
+        unit_gradient.copy_((logits @ weight.to(logits.dtype)).div_(safe))
+    return scores
 
-    1 - p_y is made in fp32, before anything is rounded: in the product it would be lost where the target is likely.
 
-    Args:
-        weight: `(V, H)` of the head, in the dtype that it computes in.
-        weights: `(n, V)` exponentials.
-        total: `(n, 1)` their sums.
-        slope: d(ruled)/d(raw), `(n, V)` or one number.
-        targets: `(n,)`.
+def _score_strip(
+    raw: Tensor, targets: Tensor, rule: LogitRule, statistics: Sequence[str], factor: float | None
+) -> dict[str, Tensor]:
+    """Scores `(n,)` of raw logits `(n, V)`, over which `factor * d logp[y] / d raw` is written; None: anything may be.
+
+    1 - p_y is made in fp32, before anything is rounded: in a product it would be lost where the target is likely.
     """
-    pull = weights.div_(-total).scatter_add_(-1, targets[:, None], torch.ones_like(total))
-    if isinstance(slope, Tensor) or slope != 1.0:
-        pull *= slope
-    if weight.dtype is torch.float16:  # which has nothing below 6e-8
-        return pull.mul_(1024.0).to(weight.dtype) @ weight / 1024.0
-    return pull.to(weight.dtype) @ weight
+    logits = rule.apply(widen(raw))
+    slope = 1.0 if factor is None else rule.derivative(logits)
+    scores, weights, total = tile_scores(logits, targets, statistics)
+    if factor is not None:
+        pull = weights.div_(-total).scatter_add_(-1, targets[:, None], torch.ones_like(total))
+        for scale in (slope, factor):
+            if isinstance(scale, Tensor) or scale != 1.0:  # a pass saved
+                pull *= scale
+        raw.copy_(pull)
+    return scores
 
 
 def frozen_head_token_scores(
@@ -201,7 +221,7 @@ def frozen_head_token_scores(
         `token_logps` `(N,)` in nats, differentiable in `hidden`, and `(N,)` per statistic without gradient; at least
         fp32.
     """
-    chunk = chunk_length(head.out_features, chunk_size)
+    chunk = chunk_length(head.out_features, chunk_size, head.weight.element_size())
     outputs = _FrozenHead.apply(hidden, head.weight, head.bias, targets, rule, chunk, statistics)
     return dict(zip(("token_logps", *statistics), outputs, strict=True))
 
@@ -226,7 +246,7 @@ def any_head_token_scores(
                 found |= {name: scores[name] for name in statistics}
         return found
 
-    chunk = chunk_length(vocabulary, chunk_size)
+    chunk = chunk_length(vocabulary, chunk_size, width=4)
     pieces = []
     for start in range(0, hidden.shape[0], chunk):
         tile = slice(start, start + chunk)
@@ -271,7 +291,7 @@ def token_divergences(
     Returns:
         `(N,)`, at least fp32; 0 where the distributions are the same.
     """
-    chunk = chunk_size or max(8, chunk_length(vocabulary, None) // 2)
+    chunk = chunk_size or max(8, chunk_length(vocabulary, None, width=4) // 2)
     pieces = []
     with torch.no_grad():
         for start in range(0, rows[0].shape[0], chunk):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, kernels, load_policy, plan_memory, training
 from qlora_dpo.callbacks import KeepLayers
 from qlora_dpo.layouts import Group, make_batch
-from qlora_dpo.logps import LogitRule, frozen_head_token_scores
+from qlora_dpo.logps import STRIP_ELEMENTS, LogitRule, frozen_head_token_scores
 from qlora_dpo.offload import activations_moved
 from qlora_dpo.recompute import checkpoint_activations
 
@@ -134,8 +134,9 @@ def foretold(config, tokens, device="cpu", **options):
 
 @pytest.fixture
 def gathered(monkeypatch):
-    """Attention that keeps gathered keys, as kernels of a GPU do."""
+    """Attention that keeps gathered keys, and logits in strips, as on a GPU."""
     monkeypatch.setattr(kernels, "implementation_for", lambda case: kernels.SEGMENTS)
+    monkeypatch.setitem(STRIP_ELEMENTS, "cpu", STRIP_ELEMENTS["cuda"])
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +214,7 @@ def test_other_families_and_bf16_are_foretold(family, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scored", [100, 300, 512])
 def test_tiles_of_logits_are_counted(softcap, dtype, scored):
-    """One tile, one and a part, two: 256 positions each."""
+    """One tile, one and a part, two: 256 positions each, in strips of 128."""
     hidden, vocabulary = 64, 8192
     head = torch.nn.Linear(hidden, vocabulary, bias=False, dtype=dtype).requires_grad_(False)
     rows, targets = torch.randn(scored, hidden, dtype=dtype).requires_grad_(), torch.zeros(scored, dtype=torch.long)
@@ -223,9 +224,12 @@ def test_tiles_of_logits_are_counted(softcap, dtype, scored):
     config = transformers.Gemma2Config(
         **(_SMALL | {"hidden_size": hidden, "num_attention_heads": 4}), final_logit_softcapping=softcap or None
     )
-    options = {"scored_tokens": scored, "logps_chunk_size": 256, "compute_dtype": str(dtype).removeprefix("torch.")}
+    width = str(dtype).removeprefix("torch.")
+    options = {"scored_tokens": scored, "logps_chunk_size": 256, "compute_dtype": width, "device": "cpu"}
     parts = plan_memory(config, tokens=600, **options).phases["policy and head"]
-    assert parts["logit tiles"] + parts["unit gradient"] == pytest.approx(measured, rel=0.03)
+    assert sum(parts[name] for name in ("logit tiles", "logit strips", "unit gradient")) == pytest.approx(
+        measured, rel=0.03
+    )
 
 
 @pytest.mark.parametrize("chunk", [None, 16])
