@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qlora_dpo.logps import chunk_length, strip_length
+from qlora_dpo.four_bit_head import PIECE_ELEMENTS
+from qlora_dpo.logits import chunk_length, strip_length
 from qlora_dpo.shapes import Shape
 
 FP32 = 4
@@ -237,30 +238,27 @@ def _reference_layer(shape: Shape, options: MemoryOptions) -> dict[str, int]:
 
 
 def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]:
-    """The LM head: last hidden states, those at scored positions, their unit gradient, and tiles of logits."""
-    c, width = options.width, FP32 if options.quantize_head else options.width
-    chunk = min(chunk_length(shape.vocabulary, options.logps_chunk_size, width), options.scored)
+    """The LM head: last hidden states, those at scored positions, their unit gradient, and tiles of logits.
+
+    In 4 bit the head is dequantised a piece of the vocabulary at a time, and the unit gradient is a sum in fp32 first.
+    """
+    c, packed = options.width, options.quantize_head
     states = options.tokens * shape.hidden * c
-    rows = options.scored * shape.hidden * c
+    rows = options.scored * shape.hidden
     keeps = trained and not options.activation_offloading
     before_norm = options.tokens * shape.hidden * FP32 * keeps  # which its backward pass needs, in fp32
-    parts = {"last hidden states": states + before_norm, "scored hidden states": rows}
-    if not options.quantize_head:
-        product = chunk * shape.hidden * c
-        parts["unit gradient"] = (rows + product) * trained
-        # In fp32, of a strip, the logits (unless the tile is) and their exponentials; three where they are soft-capped.
-        strip = FP32 * shape.vocabulary * min(strip_length(shape.vocabulary, options.device), chunk)
-        parts["logit tiles"] = shape.vocabulary * chunk * c
-        parts["logit strips"] = strip * (3 if shape.softcap else 2 - (c == FP32))
-        return parts
-    # `logps.any_head_token_scores`: logits, those less their maximum, and exponentials; or, in the product that makes
-    # the logits and in its backward pass, the whole head dequantised beside a tile in the compute dtype.
-    tile = shape.vocabulary * chunk
-    moments = [
-        {"logit tiles": 3 * FP32 * tile},
-        {"logit tiles": c * tile, "dequantised head": shape.vocabulary * shape.hidden * c},
-    ]
-    return parts | max(moments, key=_total)
+    vocabulary = min(shape.vocabulary, max(1, PIECE_ELEMENTS // shape.hidden)) if packed else shape.vocabulary
+    chunk = min(chunk_length(vocabulary, options.logps_chunk_size, c), options.scored)
+    # In fp32, of a strip, the logits (unless the tile is) and their exponentials; three where they are soft-capped.
+    strips = FP32 * vocabulary * min(strip_length(vocabulary, options.device), chunk)
+    return {
+        "last hidden states": states + before_norm,
+        "scored hidden states": rows * c,
+        "unit gradient": (rows * (c + FP32 * packed) + chunk * shape.hidden * c) * trained,
+        "logit tiles": vocabulary * chunk * c,
+        "logit strips": strips * (3 if shape.softcap else 2 - (c == FP32)),
+        "dequantised head": (vocabulary * shape.hidden * c + shape.vocabulary * shape.hidden // 64 * FP32) * packed,
+    }
 
 
 def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:

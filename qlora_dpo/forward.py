@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_dpo.attention import BACKEND, attention_backend, recompute_with_same_attention
-from qlora_dpo.logps import LogitRule, sum_by_completion, token_divergences, token_scores
+from qlora_dpo.logits import LogitRule
+from qlora_dpo.logps import sum_by_completion, token_divergences, token_scores
 from qlora_dpo.segments import RowPlan
 
 ROUTER_LOSS = "router_aux_loss"
@@ -102,7 +103,7 @@ def score_batch(
         model: A causal LM prepared by `install_scoring`, bare or wrapped (PEFT, DDP).
         batch: What `layouts.make_batch` returns, on the model's device.
         statistics: Which statistics to return too, by name as in `logps.tile_scores`.
-        chunk_size: Positions in a tile of logits; None for `logps.chunk_length`'s.
+        chunk_size: Positions in a tile of logits; None for `logits.chunk_length`'s.
         against: `(N, H)` `ROWS` of a pass through the same head, for the exact divergence from it.
 
     Returns:

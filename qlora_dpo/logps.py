@@ -3,90 +3,24 @@
 Shapes: N scored positions, H hidden size, V vocabulary. The `(N, V)` logits never exist: only `(chunk, V)` of them,
 in the policy pass, in the reference pass and in evaluation; and of those, only `(n, V)` in fp32.
 
-Two ways to the same numbers: `any_head_token_scores` calls the head module itself and recomputes each tile in the
-backward pass, so it carries any head (LoRA on the head, 4-bit, trainable); `frozen_head_token_scores` serves a plain
-frozen linear head and needs two matrix products instead of three.
+Three ways to the same numbers: `any_head_token_scores` calls the head module itself and recomputes each tile in the
+backward pass, so it carries any head (LoRA on the head, trainable); a plain frozen head, in 16 bit or in 4, needs two
+matrix products instead of three.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-TILE_BYTES, MOST_TILE_ELEMENTS, TILE_POSITIONS = 2**24, 2**24, 128
-"""Size of a tile of logits when no chunk size is asked for: 16 MiB, which a large cache holds; more for 128 positions,
-as with fewer a matrix product mostly reads the head, but no more than 2^24 logits."""
-
-STRIP_ELEMENTS = {"cpu": 2**20, "cuda": 2**22}
-"""Logits of a tile that are in fp32 at a time: as many as a core's own cache holds, or as a GPU is busy with."""
+from qlora_dpo.four_bit_head import four_bit_head_scores, has_plain_rows
+from qlora_dpo.logits import LogitRule, chunk_length, strip_length, widen
 
 STATISTICS = ("entropy", "mean_logits", "is_top1")
 """Per-token statistics that are logged, read off the tiles beside the log-probability."""
-
-
-@dataclass(frozen=True)
-class LogitRule:
-    """What a model does to its head's output: multiply by `scale`, then soft-cap at `softcap` (0: none)."""
-
-    scale: float = 1.0
-    softcap: float = 0.0
-
-    @classmethod
-    def from_config(cls, config: Any) -> "LogitRule":
-        """Read the rule from a model's text config.
-
-        Cohere names the factor `logit_scale`, Falcon-H1 `lm_head_multiplier`, others `output_multiplier`; Granite
-        divides by `logits_scaling`, HyperCLOVA X multiplies by it; Gemma 2 soft-caps by `final_logit_softcapping`.
-        `proof.check_logit_rule` compares the result with the model's own logits before it is trusted.
-        """
-        names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-        factors = [value for name in names if (value := getattr(config, name, None)) is not None]
-        scaling = getattr(config, "logits_scaling", None)
-        if not factors and scaling is not None:
-            factors = [scaling if config.model_type == "hyperclovax" else 1 / scaling]
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(scale=float(factors[0]) if factors else 1.0, softcap=float(softcap or 0.0))
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """Scaled and capped logits, same shape."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if not self.softcap else torch.tanh(logits / self.softcap) * self.softcap
-
-    def derivative(self, ruled: Tensor) -> Tensor | float:
-        """d(ruled)/d(raw), from the ruled logits: the derivative of tanh is 1 - tanh^2."""
-        if not self.softcap:
-            return self.scale
-        return (ruled / self.softcap).square_().neg_().add_(1).mul_(self.scale)
-
-
-def widen(x: Tensor) -> Tensor:
-    """fp32 of 16-bit values; fp32 and fp64 as they are, so that nothing narrows fp64."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def chunk_length(vocabulary: int, chunk_size: int | None, width: int) -> int:
-    """Positions in a tile: `chunk_size`, or by the size of its logits of `width` bytes.
-
-    >>> chunk_length(16_384, None, 2), chunk_length(16_384, None, 4), chunk_length(262_144, None, 2)
-    (512, 256, 64)
-    """
-    if chunk_size:
-        return chunk_size
-    few, most = TILE_BYTES // (width * vocabulary), max(16, MOST_TILE_ELEMENTS // vocabulary)
-    return min(max(few, TILE_POSITIONS), most)
-
-
-def strip_length(vocabulary: int, device: str) -> int:
-    """Positions of a tile that are in fp32 at a time, so that a pass over them finds in a cache what the last one left.
-
-    >>> strip_length(16_384, "cpu"), strip_length(128_256, "cpu"), strip_length(128_256, "cuda")
-    (64, 8, 32)
-    """
-    return max(1, STRIP_ELEMENTS.get(device, STRIP_ELEMENTS["cuda"]) // vocabulary)
 
 
 def tile_scores(
@@ -122,41 +56,50 @@ def tile_scores(
     return {"token_logps": logps} | {name: found[name] for name in statistics}, weights, total
 
 
-class _FrozenHead(torch.autograd.Function):
-    """d logp_t / d hidden_t needs only tile t, and the upstream gradient of logp_t is one number.
+Find = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
+"""Scores from hidden states `(N, H)`; the tensor `(N, H)`, where there is one, is filled with d logp / d hidden."""
 
-    So the forward pass, while the tile's softmax is there, stores the row W[y_t] - sum_v p_v W[v] (with the chain rule
-    of the logit rule), and the backward pass multiplies it by that number: no tile is computed twice, no logits are
-    kept, and the frozen weight gets no gradient buffer.
+
+class _FrozenHead(torch.autograd.Function):
+    """d logp_t / d hidden_t needs only the logits of t, and the upstream gradient of logp_t is one number.
+
+    So the forward pass, while the softmax is there, stores the row W[y_t] - sum_v p_v W[v] (with the chain rule of the
+    logit rule), and the backward pass multiplies it by that number: no logit is computed twice, none are kept, and the
+    frozen weight gets no gradient buffer.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        rule: LogitRule,
-        chunk: int,
-        statistics: Sequence[str],
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, find: Find) -> tuple[Tensor, ...]:
         unit_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        pieces: list[dict[str, Tensor]] = []
-        for start in range(0, hidden.shape[0], chunk):
-            tile = slice(start, start + chunk)
-            wanted = None if unit_gradient is None else unit_gradient[tile]
-            pieces += _score_tile(hidden[tile], weight, bias, targets[tile], rule, statistics, wanted)
+        outputs = tuple(find(hidden, unit_gradient).values())
         ctx.save_for_backward(*([] if unit_gradient is None else [unit_gradient]))
-        outputs = tuple(torch.cat([piece[name] for piece in pieces]) for name in pieces[0])
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         (unit_gradient,) = ctx.saved_tensors
-        grad = (upstream[0][:, None] * unit_gradient).to(unit_gradient.dtype)
-        return grad, None, None, None, None, None, None
+        return (upstream[0][:, None] * unit_gradient).to(unit_gradient.dtype), None
+
+
+def _scores_by_tile(
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    rule: LogitRule,
+    chunk_size: int | None,
+    statistics: Sequence[str],
+    unit_gradient: Tensor | None,
+) -> dict[str, Tensor]:
+    """Scores `(N,)` through a plain head; `unit_gradient` `(N, H)` is filled where it is wanted."""
+    weight, bias = head.weight, head.bias
+    chunk = chunk_length(weight.shape[0], chunk_size, weight.element_size())
+    pieces: list[dict[str, Tensor]] = []
+    for start in range(0, hidden.shape[0], chunk):
+        tile = slice(start, start + chunk)
+        wanted = None if unit_gradient is None else unit_gradient[tile]
+        pieces += _score_tile(hidden[tile], weight, bias, targets[tile], rule, statistics, wanted)
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _score_tile(
@@ -211,7 +154,7 @@ def frozen_head_token_scores(
 
     Args:
         hidden: `(N, H)` hidden states at the scored positions.
-        head: The LM head; its weight must not require a gradient.
+        head: The LM head, in 4 bit or not; its weight must not require a gradient.
         targets: `(N,)` token ids.
         rule: Scale and soft-cap of the model.
         chunk_size: Positions in a tile; None for `chunk_length`'s.
@@ -221,9 +164,13 @@ def frozen_head_token_scores(
         `token_logps` `(N,)` in nats, differentiable in `hidden`, and `(N,)` per statistic without gradient; at least
         fp32.
     """
-    chunk = chunk_length(head.out_features, chunk_size, head.weight.element_size())
-    outputs = _FrozenHead.apply(hidden, head.weight, head.bias, targets, rule, chunk, statistics)
-    return dict(zip(("token_logps", *statistics), outputs, strict=True))
+
+    def find(rows: Tensor, unit_gradient: Tensor | None) -> dict[str, Tensor]:
+        if isinstance(head, Linear4bit):
+            return four_bit_head_scores(rows, head, targets, rule, chunk_size, statistics, unit_gradient)
+        return _scores_by_tile(rows, head, targets, rule, chunk_size, statistics, unit_gradient)
+
+    return dict(zip(("token_logps", *statistics), _FrozenHead.apply(hidden, find), strict=True))
 
 
 def any_head_token_scores(
@@ -254,6 +201,15 @@ def any_head_token_scores(
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
+def _is_plain(head: nn.Linear) -> bool:
+    """Whether a head is frozen, not packed, and there: a hook of accelerate brings weights when the layer is called."""
+    return (
+        type(head) is nn.Linear
+        and not hasattr(head, "_hf_hook")
+        and not any(p.requires_grad for p in head.parameters())
+    )
+
+
 def token_scores(
     hidden: Tensor,
     head: nn.Module,
@@ -263,8 +219,7 @@ def token_scores(
     statistics: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """`token_logps` and statistics `(N,)` by the fast path where the head is plain and frozen, else by the other."""
-    offloaded = hasattr(head, "_hf_hook")  # a hook of accelerate brings the weights when the module is called
-    if type(head) is nn.Linear and not offloaded and not any(p.requires_grad for p in head.parameters()):
+    if isinstance(head, nn.Linear) and (_is_plain(head) or has_plain_rows(head)):
         return frozen_head_token_scores(hidden, head, targets, rule, chunk_size, statistics)
     vocabulary = getattr(head, "out_features", 2**17)
     return any_head_token_scores(hidden, head, targets, rule, chunk_size, statistics, vocabulary)

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from qlora_dpo.errors import FixableError
 from qlora_dpo.forward import noise_off, score_batch, to_device
 from qlora_dpo.layouts import Group, group_of, make_batch
-from qlora_dpo.logps import widen
+from qlora_dpo.logits import widen
 
 SAMPLE = 2048
 STREAM_SAMPLE = 16

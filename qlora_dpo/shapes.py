@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora_dpo.logps import LogitRule
+from qlora_dpo.logits import LogitRule
 from qlora_dpo.paths import check_path
 
 _COLUMNS = (

@@ -33,7 +33,7 @@ class Step:
         reference: Scores completions under the reference.
         objective: Turns scores into losses.
         beta: Factor of the logged rewards.
-        chunk_size: Positions in a tile of logits; None for `logps.chunk_length`'s.
+        chunk_size: Positions in a tile of logits; None for `logits.chunk_length`'s.
         router_aux_loss_coef: Factor of a mixture of experts' load-balancing loss; 0 for none.
     """
 

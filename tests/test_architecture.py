@@ -10,7 +10,8 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"errors", "offload", "recompute", "terminal"},
+    {"errors", "logits", "offload", "recompute", "terminal"},
+    {"four_bit_head"},
     {
         "preferences",
         "scores",

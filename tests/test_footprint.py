@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, kernels, load_policy, plan_memory, training
 from qlora_dpo.callbacks import KeepLayers
 from qlora_dpo.layouts import Group, make_batch
-from qlora_dpo.logps import STRIP_ELEMENTS, LogitRule, frozen_head_token_scores
+from qlora_dpo.logits import STRIP_ELEMENTS, LogitRule
+from qlora_dpo.logps import frozen_head_token_scores
 from qlora_dpo.offload import activations_moved
 from qlora_dpo.recompute import checkpoint_activations
 

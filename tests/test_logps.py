@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_dpo.logits import LogitRule
 from qlora_dpo.logps import (
     STATISTICS,
-    LogitRule,
     any_head_token_scores,
     frozen_head_token_scores,
     sum_by_completion,
