@@ -234,7 +234,7 @@ class QLoRADPOTrainer(SavingTrainer):
             compared, chunk = self.step.compared, args.logps_chunk_size
             margin = check_start(self.model, compared, self._sample(), layout, args.device, expected, rounds, chunk)
         if args.process_index == 0:
-            announce(self.model, GIVEN if self.given else self.reference.description, margin)
+            announce(self.model, GIVEN if self.given else self.reference.description, margin, args)
 
     def _sample(self) -> list[Group]:
         """A long and a short group of the data at hand."""

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from qlora_dpo import QLoRADPOTrainer, load_policy
+from qlora_dpo.arguments import announce
 from qlora_dpo.data import TokenLimits, prepare_dataset
 from qlora_dpo.model import default_quantization
 from qlora_dpo.report import write_report
@@ -95,13 +96,25 @@ def test_checkpointing_of_either_kind_gives_the_same_step(tokenizer, base_refere
     assert (recomputed - kept).norm() <= 1e-6 * kept.norm()
 
 
+EAGER = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
 def test_a_compiled_model_gives_the_same_step(tokenizer, base_reference):
     """Traced, and not lowered: that takes a C++ compiler."""
     options = {"rows": CHAT_ROWS[:2], "gradient_checkpointing": False}
     plain, _ = first_step(tokenizer, base_reference, **options)
-    compiled, _ = first_step(tokenizer, base_reference, torch_compile=True, torch_compile_backend="eager", **options)
+    compiled, _ = first_step(tokenizer, base_reference, **EAGER, **options)
     torch._dynamo.reset()
     assert (compiled - plain).norm() <= 1e-6 * plain.norm()
+
+
+@pytest.mark.parametrize(("options", "noisy"), [({}, False), ({"torch_compile": True}, True), (EAGER, False)])
+def test_the_noise_of_compiled_programs_is_said(tokenizer, make_args, options, noisy, recwarn):
+    """Measured by hand, as compiling takes two minutes: scripts/PROFILE.md."""
+    args = make_args(**options)
+    announce(policy_of(tokenizer), "the base model", 0.0, args)
+    said = [str(w.message) for w in recwarn if "two programs, of the policy and of its reference" in str(w.message)]
+    assert len(said) == noisy
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
