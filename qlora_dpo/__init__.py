@@ -1,20 +1,19 @@
 """QLoRA-DPO: Direct Preference Optimization of LoRA adapters on a 4-bit base, every token computed once."""
 
-from qlora_dpo.terminal import hush_bitsandbytes, is_command_line
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-if is_command_line():
-    hush_bitsandbytes()  # which the imports below import
-
-from qlora_dpo.config import QLoRADPOConfig
-from qlora_dpo.hub import push_adapter
-from qlora_dpo.judge import evaluate_preferences
-from qlora_dpo.losses import LOSSES, dpo_loss
-from qlora_dpo.measures import PreferenceReport
-from qlora_dpo.memory import MemoryPlan, plan_memory
-from qlora_dpo.merge import MergeReport, merge_adapter
-from qlora_dpo.model import load_policy
-from qlora_dpo.score import load_scorer, score_completions
-from qlora_dpo.trainer import QLoRADPOTrainer
+if TYPE_CHECKING:
+    from qlora_dpo.config import QLoRADPOConfig
+    from qlora_dpo.hub import push_adapter
+    from qlora_dpo.judge import evaluate_preferences
+    from qlora_dpo.losses import LOSSES, dpo_loss
+    from qlora_dpo.measures import PreferenceReport
+    from qlora_dpo.memory import MemoryPlan, plan_memory
+    from qlora_dpo.merge import MergeReport, merge_adapter
+    from qlora_dpo.model import load_policy
+    from qlora_dpo.score import load_scorer, score_completions
+    from qlora_dpo.trainer import QLoRADPOTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,3 +32,29 @@ __all__ = [
     "push_adapter",
     "score_completions",
 ]
+
+_HOMES = {
+    "config": ("QLoRADPOConfig",),
+    "hub": ("push_adapter",),
+    "judge": ("evaluate_preferences",),
+    "losses": ("LOSSES", "dpo_loss"),
+    "measures": ("PreferenceReport",),
+    "memory": ("MemoryPlan", "plan_memory"),
+    "merge": ("MergeReport", "merge_adapter"),
+    "model": ("load_policy",),
+    "score": ("load_scorer", "score_completions"),
+    "trainer": ("QLoRADPOTrainer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first asked for: all of them take seconds, as they import transformers."""
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"qlora_dpo.{home}"), name)
+            return value
+    raise AttributeError(f"module 'qlora_dpo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

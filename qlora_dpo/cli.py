@@ -1,4 +1,4 @@
-"""The command line: `qlora-dpo demo`, `train`, `evaluate` and the others in `COMMANDS`, also as `python -m qlora_dpo`.
+"""The commands of the command line: `qlora-dpo demo`, `train`, `evaluate` and the others in `RUNS`.
 
 Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config file.yaml` sets defaults and flags win.
 """
@@ -17,7 +17,6 @@ from datasets.exceptions import DatasetsError
 from transformers import BitsAndBytesConfig, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-import qlora_dpo
 from qlora_dpo.checkpoints import checkpoint_to_resume, last_intact
 from qlora_dpo.config import EVALUATION_FIELDS, QLoRADPOConfig
 from qlora_dpo.data import load_rows, value_columns
@@ -82,7 +81,7 @@ def _summary(title: str, metrics: dict[str, float]) -> str:
 
 
 def train(words: Sequence[str]) -> None:
-    """Train an adapter: `qlora-dpo train --model_name_or_path ... --dataset_name ... --output_dir ...`."""
+    """`qlora-dpo train`: an adapter, with metrics of its evaluation data before and after."""
     data, model, args = parse((DataArguments, ModelArguments, QLoRADPOConfig), words, "qlora-dpo train")
     try:
         _train(data, model, args)
@@ -152,7 +151,7 @@ def _section_scores(trainer: QLoRADPOTrainer) -> dict[str, float]:
 
 
 def evaluate(words: Sequence[str]) -> None:
-    """Evaluate a saved adapter: `qlora-dpo evaluate --adapter DIR --dataset_name ...`."""
+    """`qlora-dpo evaluate`: a saved adapter, as its record says."""
     classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
     adapter = parse(classes, words, program, unused=TRAINING_ONLY)[0].adapter  # whose record sets the other defaults
     record = read_record(adapter)
@@ -195,7 +194,7 @@ def evaluate(words: Sequence[str]) -> None:
 
 
 def demo(words: Sequence[str]) -> None:
-    """See it work, without network or GPU, in under three minutes: `qlora-dpo demo`."""
+    """`qlora-dpo demo`: a small training from nothing."""
     (arguments,) = parse((DemoArguments,), words, "qlora-dpo demo")
     _write_metrics(arguments.output_dir, run_demo(arguments))
 
@@ -218,7 +217,7 @@ class ScoreArguments:
 
 
 def score(words: Sequence[str]) -> int:
-    """Score completions with an adapter: `qlora-dpo score --adapter DIR --source in.jsonl --target out.jsonl`."""
+    """`qlora-dpo score`: a file of rows into a file of scores; 1 if a row has none."""
     (chosen,) = parse((ScoreArguments,), words, "qlora-dpo score")
     try:
         count = score_file(**vars(chosen))
@@ -236,7 +235,7 @@ def score(words: Sequence[str]) -> int:
 
 
 def report(words: Sequence[str]) -> None:
-    """Draw a run as one HTML file: `qlora-dpo report RUN_DIR`."""
+    """`qlora-dpo report`: a run as one HTML file."""
     parser = argparse.ArgumentParser(prog="qlora-dpo report")
     parser.add_argument("run_dir", help="The output_dir of a training.")
     print(f"report written to {write_report(parser.parse_args(list(words)).run_dir)}")
@@ -265,7 +264,7 @@ def _card(gpu: str | None) -> int | None:
 
 
 def plan(words: Sequence[str]) -> None:
-    """Say what fits on a card, before any download: `qlora-dpo plan --model llama-3.1-8b --gpu 24GB`."""
+    """`qlora-dpo plan`: what fits on a card."""
     chosen, options = parse((PlanArguments, MemoryOptions), words, "qlora-dpo plan")
     if chosen.list:
         print(json.dumps(BUILT_IN) if chosen.json else "\n".join(BUILT_IN))
@@ -289,7 +288,7 @@ class PushArguments:
 
 
 def push(words: Sequence[str]) -> None:
-    """Push a saved adapter to the Hub: `qlora-dpo push --adapter DIR --repo_id user/name`."""
+    """`qlora-dpo push`: a saved adapter to the Hub."""
     (chosen,) = parse((PushArguments,), words, "qlora-dpo push")
     options = vars(chosen) | {"private": chosen.private or None}  # False would make public what is private by default
     print(f"adapter pushed: {push_adapter(options.pop('adapter'), options.pop('repo_id'), **options)}")
@@ -320,7 +319,7 @@ class MergeArguments:
 
 
 def merge(words: Sequence[str]) -> None:
-    """Merge an adapter into a model to serve: `qlora-dpo merge --adapter DIR --output_dir OUT`."""
+    """`qlora-dpo merge`: an adapter and its base into a model to serve."""
     (chosen,) = parse((MergeArguments,), words, "qlora-dpo merge")
     if chosen.num_rows < 1:
         raise ValueError(f"`num_rows` must be 1 or more, got {chosen.num_rows}. Leave out --dataset_name for none.")
@@ -335,7 +334,7 @@ def merge(words: Sequence[str]) -> None:
     print(f"model written to {chosen.output_dir}", file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+RUNS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
@@ -345,38 +344,20 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "push": push,
     "merge": merge,
 }
+"""What the commands in `__main__` do."""
 
 
-def _usage() -> str:
-    lines = [f"  {name:9} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
-    foot = "qlora-dpo COMMAND --help lists options. qlora-dpo --version says the version."
-    return "\n".join(["usage: qlora-dpo COMMAND [options]", "", *lines, "", foot])
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status.
-
-    It is 0, 1 if some rows had no score, 2 for what the user can put right, or 130 after Ctrl-C.
-    """
-    words = list(sys.argv[1:] if words is None else words)
-    if not words or words[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if words[0] == "--version":
-        print(f"qlora-dpo {qlora_dpo.__version__}")
-        return 0
-    if words[0] not in COMMANDS:
-        print(f"A command must be one of {sorted(COMMANDS)}, got {words[0]}.\n{_usage()}", file=sys.stderr)
-        return 2
+def run(command: str, words: Sequence[str]) -> int:
+    """Run a command with its words, to one line for every error that the user can put right; returns the exit status."""
     transformers_logging.set_verbosity_warning()
     try:
         with one_line_warnings():
-            return COMMANDS[words[0]](words[1:]) or 0
+            return RUNS[command](words) or 0
     except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, FixableError) as error:
-        print(f"qlora-dpo {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"qlora-dpo {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (StoppedError, KeyboardInterrupt) as stop:
         how = str(stop) or "stopped."
     gc.collect()  # closes progress bars, which would draw themselves below the line
-    print(f"\nqlora-dpo {words[0]}: {how}", file=sys.stderr)
+    print(f"\nqlora-dpo {command}: {how}", file=sys.stderr)
     return 130

@@ -141,7 +141,8 @@ def four_bit_head_scores(
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.compute_dtype or hidden.dtype
-    weights, bias = HeadRows(head, dtype), None if head.bias is None else head.bias.to(dtype)
+    states, weights = hidden.to(dtype), HeadRows(head, dtype)
+    bias = None if head.bias is None else head.bias.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     sums = _Sums(targets, statistics, wide)
     pulled = None if unit_gradient is None else torch.zeros_like(hidden, dtype=wide)
@@ -150,7 +151,7 @@ def four_bit_head_scores(
     for first in range(0, weights.count, length):
         ids = slice(first, min(first + length, weights.count))
         part = None if bias is None else bias[ids]
-        _add_piece(sums, pulled, hidden.to(dtype), weights[ids], part, first, rule, chunk)
+        _add_piece(sums, pulled, states, weights[ids], part, first, rule, chunk)
     if unit_gradient is not None and pulled is not None:
         total = sums.others + torch.exp(sums.at - sums.top)
         own = sums.others / total * rule.derivative(sums.at)

@@ -2,17 +2,9 @@
 
 import contextlib
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-
-def is_command_line() -> bool:
-    """Whether this process is `qlora-dpo` or `python -m qlora_dpo`, also while the package is still imported."""
-    called = sys.argv[0] if sys.argv else ""
-    return Path(called).stem == "qlora-dpo" or (called == "-m" and "qlora_dpo" in sys.orig_argv)
 
 
 def hush_bitsandbytes() -> None:

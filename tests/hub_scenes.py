@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, evaluate_preferences, load_policy, load_scorer, push_adapter
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 from qlora_dpo.model import load_base, load_tokenizer
 from qlora_dpo.reference import make_reference
 

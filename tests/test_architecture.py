@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import qlora_dpo
 
 PACKAGE = Path(qlora_dpo.__file__).parent
@@ -102,5 +104,18 @@ def test_evaluate_modules_are_never_imported():
 
 
 def test_importing_the_package_needs_no_extra():
-    blocked = "import sys; sys.modules['trl'] = None; sys.modules['resvg_py'] = None; import qlora_dpo, qlora_dpo.cli"
-    assert subprocess.run([sys.executable, "-c", blocked], check=False).returncode == 0
+    blocked = "import sys; sys.modules['trl'] = None; sys.modules['resvg_py'] = None; "
+    everything = "from qlora_dpo import *; import qlora_dpo.cli"
+    assert subprocess.run([sys.executable, "-c", blocked + everything], check=False).returncode == 0
+
+
+def test_public_names_are_imported_when_they_are_asked_for():
+    """Before that, nothing that takes seconds."""
+    homes = [name for names in qlora_dpo._HOMES.values() for name in names]
+    assert sorted(homes) == sorted(qlora_dpo.__all__)
+    assert all(getattr(qlora_dpo, name) is not None for name in homes)
+    assert set(homes) < set(dir(qlora_dpo))
+    with pytest.raises(AttributeError, match="has no attribute 'DPOTrainer'"):
+        qlora_dpo.DPOTrainer  # noqa: B018
+    code = "import sys, qlora_dpo.__main__; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

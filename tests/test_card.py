@@ -20,7 +20,8 @@ from transformers import BitsAndBytesConfig
 from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.card import MARK, is_own, write_card
 from qlora_dpo.cardtext import escaped, shown
-from qlora_dpo.cli import MergeArguments, main, parse
+from qlora_dpo.__main__ import main
+from qlora_dpo.cli import MergeArguments, parse
 from qlora_dpo.config import LOSS_FIELDS
 from qlora_dpo.data import NO_PAIRS
 from qlora_dpo.origins import base_licence, data_origin, named_origin, versions

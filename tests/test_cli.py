@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import qlora_dpo
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, cli
-from qlora_dpo.cli import COMMANDS, DataArguments, ModelArguments, main, parse
+from qlora_dpo.__main__ import COMMANDS, main
+from qlora_dpo.cli import RUNS, DataArguments, ModelArguments, parse
 from qlora_dpo.config import EVALUATION_FIELDS
 
 from tiny_chat import ranked_row
@@ -167,7 +168,7 @@ def test_a_stopped_scoring_says_how_to_go_on(rows_file, capsys, monkeypatch):
     monkeypatch.setattr(cli, "score_file", stopped)
     assert main(["score", "--adapter", "a", "--source", rows_file, "--target", "t"]) == 130
     assert capsys.readouterr().err == "\nqlora-dpo score: stopped. Run it again to go on.\n"
-    monkeypatch.setitem(COMMANDS, "plan", stopped)
+    monkeypatch.setitem(RUNS, "plan", stopped)
     assert main(["plan"]) == 130
     assert capsys.readouterr().err == "\nqlora-dpo plan: stopped.\n"
 
@@ -366,7 +367,7 @@ def test_a_warning_is_one_line_while_a_command_runs(capsys, monkeypatch):
         print(warnings.formatwarning("Something\nis odd.", UserWarning, "cli.py", 7), end="")
 
     before = warnings.formatwarning
-    monkeypatch.setitem(COMMANDS, "plan", warn)
+    monkeypatch.setitem(RUNS, "plan", warn)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         assert main(["plan"]) == 0
@@ -385,6 +386,7 @@ def test_a_command_says_nothing_of_the_packages_below_it(base_folder, rows_file,
 
 
 def test_help_names_every_command(capsys):
+    assert list(COMMANDS) == list(RUNS)
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(command in shown for command in COMMANDS)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 from qlora_dpo.world import SAMPLE_PROMPTS, build_tokenizer, make_preferences, mirror, true_reward
 
 

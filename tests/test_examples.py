@@ -14,7 +14,7 @@ import yaml
 from peft import PeftModel
 
 from qlora_dpo import load_policy
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 from qlora_dpo.memory import SAVERS
 from qlora_dpo.model import load_base
 

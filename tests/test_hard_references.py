@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 from qlora_dpo.forward import install_scoring
 from qlora_dpo.reference import fingerprint, make_reference
 

@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
 from qlora_dpo.checkpoints import damage
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 
 from one_step import RANKED, KeepGradients
 from tiny_chat import build_chat_tokenizer, build_tiny_llama

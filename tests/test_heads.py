@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy, score_completions
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 from qlora_dpo.forward import ROUTER_LOSS, install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
 from qlora_dpo.losses import dpo_loss

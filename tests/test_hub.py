@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 import qlora_dpo.hub
 from qlora_dpo import QLoRADPOTrainer, load_policy, merge_adapter, push_adapter
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 from qlora_dpo.errors import PushError
 from qlora_dpo.hub import adapter_files, without_secrets
 

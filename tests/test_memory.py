@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from qlora_dpo import QLoRADPOConfig, plan_memory
-from qlora_dpo.cli import ModelArguments, main
+from qlora_dpo.__main__ import main
+from qlora_dpo.cli import ModelArguments
 from qlora_dpo.footprint import OPTIMIZERS
 from qlora_dpo.memory import GIB, SAVERS, parse_bytes, peak_memory
 from qlora_dpo.shapes import BUILT_IN, shape_of

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qlora_dpo import QLoRADPOTrainer, load_policy, training
 from qlora_dpo import model as model_module
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch

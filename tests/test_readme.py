@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from qlora_dpo import QLoRADPOConfig
+from qlora_dpo.__main__ import main
 from qlora_dpo.cli import (
     DataArguments,
     EvaluationArguments,
@@ -15,7 +16,6 @@ from qlora_dpo.cli import (
     ModelArguments,
     PlanArguments,
     PushArguments,
-    main,
     parse,
 )
 from qlora_dpo.footprint import MemoryOptions

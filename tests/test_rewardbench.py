@@ -14,7 +14,7 @@ from datasets import Dataset
 from test_judge import policy_of
 
 from qlora_dpo import QLoRADPOTrainer, rewardbench
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 from qlora_dpo.rewardbench import SECTIONS, as_conversations, section_scores
 
 from test_cli import QUIET, train_words

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_dpo import score
-from qlora_dpo.cli import main
+from qlora_dpo.__main__ import main
 from qlora_dpo.data import load_rows
 from qlora_dpo.score import load_scorer, row_errors, score_completions, score_file
 
