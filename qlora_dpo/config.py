@@ -25,7 +25,6 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "pad_token": (None,),
     "train_sampling_strategy": ("random", "sequential"),
     "label_smoothing_factor": (0.0,),
-    "use_liger_kernel": (False,),
     "neftune_noise_alpha": (None,),  # its strength follows a sequence's length, and rows hold many that share tokens
     "batch_eval_metrics": (False,),
     "bf16_full_eval": (False,),  # an evaluation would round the adapters for good
@@ -330,6 +329,7 @@ class QLoRADPOConfig(TrainingArguments):
         check_reference(self.objective, self.reference)
         self._check_moving_reference()
         self._check_memory()
+        self._leave_the_head_to_us()
         if isinstance(self.max_tokens_per_forward, str) and self.max_tokens_per_forward != "auto":
             raise ValueError(
                 f"`max_tokens_per_forward` must be a number, None or 'auto', got {self.max_tokens_per_forward!r}."
@@ -382,6 +382,18 @@ class QLoRADPOConfig(TrainingArguments):
                 "`activation_offloading` must be False without a CUDA device: activations are in CPU memory already, "
                 "got True. Leave it out."
             )
+
+    def _leave_the_head_to_us(self) -> None:
+        """Take Liger's kernels for layers, and none of those that make a loss from logits of their own."""
+        if not self.use_liger_kernel:
+            return
+        if self.use_cpu:
+            raise ValueError("`use_liger_kernel` must be False on a CPU, got True. Leave it out.")
+        chosen = self.liger_kernel_config or {}
+        for name in ("cross_entropy", "fused_linear_cross_entropy"):
+            if chosen.get(name):
+                raise ValueError(f"`liger_kernel_config` must not ask for {name}, another loss. Leave it out.")
+        self.liger_kernel_config = {**chosen, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
     def __str__(self) -> str:
         return "\n".join([f"{type(self).__name__}(", *(f"{k}={v}," for k, v in sorted(self.to_dict().items())), ")"])

@@ -17,6 +17,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
 from qlora_dpo.adapters import require_trainable
@@ -431,6 +432,8 @@ class QLoRADPOTrainer(SavingTrainer):
 
 def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:
     """Have a policy's layers compute as the step needs them."""
+    if args.use_liger_kernel:  # Trainer does it when a training begins, and an evaluation may come before
+        apply_liger_kernel(policy, args.liger_kernel_config)
     keep_one_arithmetic(policy)
     keep_trained_biases(policy)
     use_fast_lora(policy)

@@ -64,6 +64,7 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"keep_layers": 2.0}, "`keep_layers` must be a number of layers"),
         ({"keep_layers": True}, "`keep_layers` must be a number of layers"),
         ({"keep_layers": 2, "gradient_checkpointing": False}, "`keep_layers` must be 0 without `gradient_checkpoint"),
+        ({"use_liger_kernel": True, "use_cpu": True}, "`use_liger_kernel` must be False on a CPU"),
         ({"activation_offloading": True, "use_cpu": True}, "`activation_offloading` must be False without a CUDA"),
     ],
 )
@@ -74,7 +75,7 @@ def test_what_cannot_be_right_is_refused(tmp_path, options, message):
 
 ASKED = {
     "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "pad_token": "<pad>",
-    "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1, "use_liger_kernel": True,
+    "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1,
     "batch_eval_metrics": True, "bf16_full_eval": True, "fp16_full_eval": True, "neftune_noise_alpha": 5.0,
     "include_for_metrics": ["inputs"],
 }  # fmt: skip
@@ -88,6 +89,15 @@ def test_every_option_that_is_not_built_is_tested():
 def test_what_is_not_built_is_refused_and_never_ignored(tmp_path, name):
     with pytest.raises(NotImplementedError, match=f"`{name}` must be"):
         make(tmp_path, **{name: ASKED[name]})
+
+
+def test_liger_is_for_layers_and_not_for_the_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(QLoRADPOConfig, "_set_device_and_precision", lambda self: None)  # as if there were a GPU
+    args = make(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert args.liger_kernel_config == {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    for name in ("cross_entropy", "fused_linear_cross_entropy"):
+        with pytest.raises(ValueError, match=f"`liger_kernel_config` must not ask for {name}"):
+            make(tmp_path, use_liger_kernel=True, liger_kernel_config={name: True})
 
 
 def test_no_token_is_shown_or_given_to_a_tracker(tmp_path):
