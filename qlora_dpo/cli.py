@@ -348,7 +348,7 @@ RUNS: dict[str, Callable[[Sequence[str]], int | None]] = {
 
 
 def run(command: str, words: Sequence[str]) -> int:
-    """Run a command with its words, to one line for every error that the user can put right; returns the exit status."""
+    """Run a command: the exit status, and one line for every error that the user can put right."""
     transformers_logging.set_verbosity_warning()
     try:
         with one_line_warnings():

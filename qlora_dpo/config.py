@@ -389,7 +389,7 @@ class QLoRADPOConfig(TrainingArguments):
             return
         if self.use_cpu:
             raise ValueError("`use_liger_kernel` must be False on a CPU, got True. Leave it out.")
-        chosen = self.liger_kernel_config or {}
+        chosen = self.liger_kernel_config or {}  # type: ignore[has-type]
         for name in ("cross_entropy", "fused_linear_cross_entropy"):
             if chosen.get(name):
                 raise ValueError(f"`liger_kernel_config` must not ask for {name}, another loss. Leave it out.")

@@ -18,9 +18,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from transformers import BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOTrainer, load_policy
+from qlora_dpo.__main__ import main
 from qlora_dpo.card import MARK, is_own, write_card
 from qlora_dpo.cardtext import escaped, shown
-from qlora_dpo.__main__ import main
 from qlora_dpo.cli import MergeArguments, parse
 from qlora_dpo.config import LOSS_FIELDS
 from qlora_dpo.data import NO_PAIRS

@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOTrainer, load_policy
-from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
 from qlora_dpo.__main__ import main
+from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
 from qlora_dpo.forward import install_scoring
 from qlora_dpo.reference import fingerprint, make_reference
 

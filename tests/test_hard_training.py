@@ -21,8 +21,8 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
-from qlora_dpo.checkpoints import damage
 from qlora_dpo.__main__ import main
+from qlora_dpo.checkpoints import damage
 
 from one_step import RANKED, KeepGradients
 from tiny_chat import build_chat_tokenizer, build_tiny_llama

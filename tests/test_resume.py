@@ -17,8 +17,8 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy
-from qlora_dpo.checkpoints import MANIFEST_NAME, checkpoint_to_resume, damage, rotate, write_manifest
 from qlora_dpo.__main__ import main
+from qlora_dpo.checkpoints import MANIFEST_NAME, checkpoint_to_resume, damage, rotate, write_manifest
 from qlora_dpo.generations import GENERATIONS_NAME
 from qlora_dpo.resuming import groups_fingerprint
 
