@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers.integrations.liger import apply_liger_kernel
 
 from qlora_dpo import QLoRADPOTrainer, kernels, load_policy, score_completions
 from qlora_dpo.forward import install_scoring, score_batch, to_device
@@ -267,6 +268,29 @@ def test_a_four_bit_head_trains_on_the_gpu(base_folder, make_args):
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == 0
     assert trainer.state.log_history[2]["rewards/ties"] == 0
+
+
+def test_ligers_layers_give_the_same_step_on_the_gpu(base_folder):
+    """Log-probs to 0.1 nats, as between layouts, and the gradient to 5 %."""
+    pytest.importorskip("liger_kernel")
+    policy = random_policy(base_folder)
+    batch = to_device(make_batch(GROUPS, "tree"), "cuda")
+    with torch.no_grad():
+        plain = score_batch(policy, batch)["logps"]
+    grad = gradient(policy)
+    apply_liger_kernel(policy, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    assert any("Liger" in module.forward.__qualname__ for module in policy.modules())
+    with torch.no_grad():
+        assert (score_batch(policy, batch)["logps"] - plain).abs().max() < 0.1
+    assert (gradient(policy) - grad).norm() < 0.05 * grad.norm()
+
+
+def test_a_training_with_ligers_layers_starts_at_its_reference_on_the_gpu(base_folder, make_args):
+    pytest.importorskip("liger_kernel")
+    args = make_args(max_steps=1, bf16=None, use_liger_kernel=True)
+    trainer = QLoRADPOTrainer(load_policy(base_folder), args=args, train_dataset=Dataset.from_list(CHAT_ROWS))
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
 
 
 def test_the_paged_eight_bit_optimizer_trains_on_the_gpu(base_folder, make_args):
