@@ -1,6 +1,7 @@
 """QLoRA-DPO: Direct Preference Optimization of LoRA adapters on a 4-bit base, every token computed once."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,13 +48,19 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first asked for: all of them take seconds, as they import transformers."""
+def _found(name: str) -> Any:
+    """A public name or a module, imported when it is first asked for: it takes seconds, as it imports transformers."""
     for home, names in _HOMES.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f"qlora_dpo.{home}"), name)
             return value
+    if not name.startswith("_") and find_spec(f"qlora_dpo.{name}"):
+        return import_module(f"qlora_dpo.{name}")
     raise AttributeError(f"module 'qlora_dpo' has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:  # or else no misspelt name would be an error to a type checker
+    __getattr__ = _found
 
 
 def __dir__() -> list[str]:

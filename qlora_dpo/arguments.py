@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.liger import apply_liger_kernel
 
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
 from qlora_dpo.config import QLoRADPOConfig
@@ -24,7 +25,14 @@ from qlora_dpo.model import attach_adapter, is_quantized, load_base, load_policy
 from qlora_dpo.objective import Objective, check_columns
 from qlora_dpo.origins import data_origin, named_origin
 from qlora_dpo.paths import adapter_folder, with_revision
-from qlora_dpo.reference import AverageReference, InitialReference, Reference, make_reference, require_no_other
+from qlora_dpo.reference import (
+    AverageReference,
+    InitialReference,
+    NoReference,
+    Reference,
+    make_reference,
+    require_no_other,
+)
 
 _TOLD = ("groups", "pairs", "dropped", "truncated_share")
 """What the record says of a report."""
@@ -303,12 +311,28 @@ def describe(policy: PeftModel) -> str:
     return f"{adapters}{stacked} ({count:,} trainable weights) on {base.config._name_or_path or 'a model'} in {weights}"
 
 
+def use_liger(model: Any, args: QLoRADPOConfig) -> None:
+    """Give a model's layers Liger's kernels, and say so if it has none for them."""
+    apply_liger_kernel(model, args.liger_kernel_config)
+    if not any("Liger" in str(module.forward) for module in model.modules()):
+        kind = model.config.model_type
+        warnings.warn(f"`use_liger_kernel` has no effect: Liger has no kernels for {kind}.", stacklevel=2)
+
+
+def _emulates_casts() -> bool:
+    """Whether compiled programs round where others would; imported here, as it takes time."""
+    import torch._inductor.config as compiling
+
+    return bool(compiling.emulate_precision_casts)
+
+
 def announce(policy: PeftModel, reference: str, margin: float, args: QLoRADPOConfig) -> None:
     """One line at the start of a training: policy, reference, step-0 margin (nats), and what compiling does."""
     exactly = " (exactly 0)" if margin == 0 else ""
     parts = [f"policy: {describe(policy)}", f"reference: {reference}"]
     print(*parts, f"largest step-0 margin: {margin:.3g} nats{exactly}", sep="; ", file=sys.stderr)
-    if args.torch_compile and args.torch_compile_backend == "inductor":
+    compiled = args.torch_compile and args.torch_compile_backend == "inductor"
+    if compiled and reference != NoReference.description and not _emulates_casts():
         warnings.warn(
             "`torch_compile` makes two programs, of the policy and of its reference, which round in other places: "
             "rewards get noise, and the first margins are not exactly 0 (0.2 nats for completions of 400 tokens, "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from qlora_dpo.data import TokenLimits
 from qlora_dpo.layouts import LAYOUTS
@@ -389,6 +390,8 @@ class QLoRADPOConfig(TrainingArguments):
             return
         if self.use_cpu:
             raise ValueError("`use_liger_kernel` must be False on a CPU, got True. Leave it out.")
+        if not is_liger_kernel_available():
+            raise ValueError("`use_liger_kernel` must be False without the package liger-kernel. Install it.")
         chosen = self.liger_kernel_config or {}  # type: ignore[has-type]
         for name in ("cross_entropy", "fused_linear_cross_entropy"):
             if chosen.get(name):
@@ -421,6 +424,11 @@ class QLoRADPOConfig(TrainingArguments):
     def arithmetic(self) -> str:
         """`bf16`, `fp16` or `no`: the mixed precision of the computation."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+    @property
+    def rounding(self) -> str:
+        """The arithmetic, and what else decides how its numbers are rounded."""
+        return self.arithmetic + "+liger" * self.use_liger_kernel + "+compiled" * self.torch_compile
 
     @property
     def objective(self) -> Objective:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qlora_dpo.four_bit_head import PIECE_ELEMENTS
+from qlora_dpo.four_bit_head import tile_shape
 from qlora_dpo.logits import chunk_length, strip_length
 from qlora_dpo.shapes import Shape
 
@@ -247,14 +247,16 @@ def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]
     rows = options.scored * shape.hidden
     keeps = trained and not options.activation_offloading
     before_norm = options.tokens * shape.hidden * FP32 * keeps  # which its backward pass needs, in fp32
-    vocabulary = min(shape.vocabulary, max(1, PIECE_ELEMENTS // shape.hidden)) if packed else shape.vocabulary
-    chunk = min(chunk_length(vocabulary, options.logps_chunk_size, c), options.scored)
+    vocabulary, chunk = shape.vocabulary, chunk_length(shape.vocabulary, options.logps_chunk_size, c)
+    if packed:
+        chunk, vocabulary = tile_shape(shape.hidden, shape.vocabulary, options.logps_chunk_size, c)
+    chunk = min(chunk, options.scored)
     # In fp32, of a strip, the logits (unless the tile is) and their exponentials; three where they are soft-capped.
     strips = FP32 * vocabulary * min(strip_length(vocabulary, options.device), chunk)
     return {
         "last hidden states": states + before_norm,
         "scored hidden states": rows * c,
-        "unit gradient": (rows * (c + FP32 * packed) + chunk * shape.hidden * c) * trained,
+        "unit gradient": (rows + chunk * shape.hidden) * (c + FP32 * packed) * trained,
         "logit tiles": vocabulary * chunk * c,
         "logit strips": strips * (3 if shape.softcap else 2 - (c == FP32)),
         "dequantised head": (vocabulary * shape.hidden * c + shape.vocabulary * shape.hidden // 64 * FP32) * packed,

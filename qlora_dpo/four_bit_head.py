@@ -1,4 +1,4 @@
-"""Scores through a frozen 4-bit LM head, a piece of the vocabulary at a time: the head in 16 bit never exists.
+"""A frozen 4-bit LM head, a piece of the vocabulary at a time: the head in 16 bit never exists.
 
 Each piece is dequantised once a pass, and its logits go into sums over the vocabulary that are kept relative to the
 largest logit so far (Milakov and Gimelshein 2018). The row W[y] - sum_v p_v W[v] that the backward pass needs is such
@@ -7,17 +7,30 @@ a sum too, so that no logit is computed twice.
 Legend: N scored positions, n of them in a tile or strip, H hidden size, V vocabulary, v of it in a piece.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qlora_dpo.logits import LogitRule, chunk_length, strip_length, widen
+from qlora_dpo.logits import TILE_POSITIONS, LogitRule, chunk_length, strip_length, widen
 
-PIECE_ELEMENTS = 2**24
-"""Weights of the head that are dequantised at a time: 32 MiB in 16 bit."""
+PIECE_ELEMENTS, STATE_ELEMENTS = 2**24, 2**22
+"""Weights of the head that are dequantised at a time, 32 MiB in 16 bit; hidden states of a tile of positions."""
+
+
+def tile_shape(hidden: int, vocabulary: int, chunk_size: int | None, width: int) -> tuple[int, int]:
+    """Positions and tokens of a tile of logits, for a hidden size and numbers of `width` bytes.
+
+    >>> tile_shape(4096, 128_256, None, 2), tile_shape(512, 8_192, None, 2)
+    ((1024, 4096), (1024, 8192))
+    """
+    tokens = min(vocabulary, max(1, PIECE_ELEMENTS // hidden))
+    most = max(TILE_POSITIONS, STATE_ELEMENTS // hidden)
+    return chunk_size or min(chunk_length(tokens, None, width), most), tokens
 
 
 class HeadRows:
@@ -42,14 +55,50 @@ class HeadRows:
             code=self._state.code,
             blocksize=self._state.blocksize,
             quant_type=self._state.quant_type,
-            dtype=self._state.dtype,
+            dtype=self._dtype,
         )
-        return dequantize_4bit(packed.reshape(-1, 1), state).to(self._dtype)
+        return dequantize_4bit(packed.reshape(-1, 1), state)
+
+
+def _computes_in(head: Linear4bit, hidden: Tensor) -> torch.dtype:
+    """The dtype of the head's products, as bitsandbytes and autocast choose it."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.compute_dtype or hidden.dtype
+
+
+def _logits(head: Linear4bit, hidden: Tensor) -> Tensor:
+    """`(..., H)` -> `(..., V)`, as the layer itself computes them."""
+    dtype = _computes_in(head, hidden)
+    states, weights = hidden.to(dtype), HeadRows(head, dtype)
+    _, length = tile_shape(weights.size, weights.count, None, dtype.itemsize)
+    firsts = range(0, weights.count, length)
+    logits = torch.cat([states @ weights[first : first + length].t() for first in firsts], dim=-1)
+    return (logits if head.bias is None else logits + head.bias.to(dtype)).to(hidden.dtype)
+
+
+def by_pieces(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A head as a function that never dequantises it whole, where that can be."""
+    return partial(_logits, head) if isinstance(head, Linear4bit) and has_plain_rows(head) else head
+
+
+@contextlib.contextmanager
+def called_by_pieces(head: nn.Module | None) -> Iterator[None]:
+    """Inside the block, let a model call its head `by_pieces`."""
+    if head is None or not has_plain_rows(head):
+        yield
+        return
+    head.forward = by_pieces(head)
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def has_plain_rows(head: nn.Module) -> bool:
     """Whether a head is a frozen 4-bit layer whose rows can be dequantised apart, with nothing acting on its calls."""
-    if type(head) is not Linear4bit or head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+    if type(head) is not Linear4bit or "forward" in vars(head):
+        return False
+    if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
         return False
     state = getattr(head.weight, "quant_state", None)
     return (
@@ -139,15 +188,13 @@ def four_bit_head_scores(
         statistics: By name as in `logps.tile_scores`.
         unit_gradient: `(N, H)`, filled with d logp / d hidden; None if it is not wanted.
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.compute_dtype or hidden.dtype
+    dtype = _computes_in(head, hidden)
     states, weights = hidden.to(dtype), HeadRows(head, dtype)
     bias = None if head.bias is None else head.bias.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     sums = _Sums(targets, statistics, wide)
     pulled = None if unit_gradient is None else torch.zeros_like(hidden, dtype=wide)
-    length = max(1, PIECE_ELEMENTS // weights.size)
-    chunk = chunk_length(min(length, weights.count), chunk_size, dtype.itemsize)
+    chunk, length = tile_shape(weights.size, weights.count, chunk_size, dtype.itemsize)
     for first in range(0, weights.count, length):
         ids = slice(first, min(first + length, weights.count))
         part = None if bias is None else bias[ids]
@@ -156,8 +203,9 @@ def four_bit_head_scores(
         total = sums.others + torch.exp(sums.at - sums.top)
         own = sums.others / total * rule.derivative(sums.at)
         pulled /= -total
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
+        few = max(1, STATE_ELEMENTS // 4 // weights.size)
+        for start in range(0, len(hidden), few):
+            rows = slice(start, start + few)
             unit_gradient[rows] = pulled[rows] + own[rows] * weights[targets[rows]]
     return sums.scores(weights.count)
 
@@ -185,25 +233,34 @@ def _add_tile(
     sums: _Sums, pulled: Tensor | None, tile: slice, raw: Tensor, weight: Tensor, first: int, rule: LogitRule
 ) -> None:
     """Take in raw logits `(n, v)` of a tile of positions, strip by strip; they are overwritten."""
-    factor = None if pulled is None else 1024.0 if raw.dtype is torch.float16 else 1.0  # fp16 has nothing below 6e-8
     shrinks: list[Tensor] = []
+    gains: list[Tensor] = []
     low = tile.start
     for strip in raw.split(strip_length(len(weight), weight.device.type)):
         rows = slice(low, low + len(strip))
-        shrinks.append(_add_strip(sums, rows, strip, first, rule, factor))
+        logits = rule.apply(widen(strip))
+        slope = 1.0 if pulled is None else rule.derivative(logits)
+        weights, shrink = sums.add(rows, logits, first)
+        shrinks.append(shrink)
+        if pulled is not None:
+            gains += _write_pull(weights, slope, strip)
         low = rows.stop
-    if pulled is not None and factor is not None:
-        pulled[tile].mul_(torch.cat(shrinks)).add_(raw @ weight, alpha=1 / factor)
+        del logits, slope, weights  # before the next strip is widened
+    if pulled is not None:
+        product = raw @ weight
+        pulled[tile].mul_(torch.cat(shrinks)).add_(product * torch.cat(gains) if gains else product)
 
 
-def _add_strip(sums: _Sums, rows: slice, raw: Tensor, first: int, rule: LogitRule, factor: float | None) -> Tensor:
-    """Take in raw logits `(n, v)`, which become what they pull with; returns what sums of earlier pieces shrink by."""
-    logits = rule.apply(widen(raw))
-    slope = 1.0 if factor is None else rule.derivative(logits)
-    weights, shrink = sums.add(rows, logits, first)
-    if factor is not None:
-        for scale in (slope, factor):
-            if isinstance(scale, Tensor) or scale != 1.0:  # a pass saved
-                weights *= scale
-        raw.copy_(weights)
-    return shrink
+def _write_pull(weights: Tensor, slope: Tensor | float, raw: Tensor) -> list[Tensor]:
+    """Write e^(logit - top), times the slope, into `raw` `(n, v)`; in fp16, as shares of what is returned, `(n, 1)`.
+
+    Shares add up to 1,024: fp16 has nothing below 6e-8, and a product of what adds up to more could pass 65,504.
+    """
+    if isinstance(slope, Tensor) or slope != 1.0:  # a pass saved
+        weights *= slope
+    gains = []
+    if raw.dtype is torch.float16:
+        gains = [weights.abs().sum(-1, keepdim=True).clamp_min_(torch.finfo(weights.dtype).tiny * 1024) / 1024]
+        weights /= gains[0]
+    raw.copy_(weights)
+    return gains

@@ -16,7 +16,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_dpo.four_bit_head import four_bit_head_scores, has_plain_rows
+from qlora_dpo.four_bit_head import by_pieces, four_bit_head_scores, has_plain_rows
 from qlora_dpo.logits import LogitRule, chunk_length, strip_length, widen
 
 STATISTICS = ("entropy", "mean_logits", "is_top1")
@@ -95,7 +95,7 @@ def _scores_by_tile(
     weight, bias = head.weight, head.bias
     chunk = chunk_length(weight.shape[0], chunk_size, weight.element_size())
     pieces: list[dict[str, Tensor]] = []
-    for start in range(0, hidden.shape[0], chunk):
+    for start in range(0, max(1, hidden.shape[0]), chunk):
         tile = slice(start, start + chunk)
         wanted = None if unit_gradient is None else unit_gradient[tile]
         pieces += _score_tile(hidden[tile], weight, bias, targets[tile], rule, statistics, wanted)
@@ -247,13 +247,14 @@ def token_divergences(
         `(N,)`, at least fp32; 0 where the distributions are the same.
     """
     chunk = chunk_size or max(8, chunk_length(vocabulary, None, width=4) // 2)
+    calls = [by_pieces(head) for head in heads]
     pieces = []
     with torch.no_grad():
         for start in range(0, rows[0].shape[0], chunk):
             tile = slice(start, start + chunk)
             log_p, log_q = (
                 torch.log_softmax(rule.apply(widen(head(hidden[tile]))), -1)
-                for hidden, head, rule in zip(rows, heads, rules, strict=True)
+                for hidden, head, rule in zip(rows, calls, rules, strict=True)
             )
             pieces.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(pieces)

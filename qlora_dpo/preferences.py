@@ -232,6 +232,13 @@ def _split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, lis
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 
+def _words(content: Any) -> str:
+    """The text of a message's content, also if it is in parts, whatever its white space."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return " ".join(" ".join(str(text or "") for text in texts).split())
+
+
 def _two_sides(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text | None, list[Text]]:
     """The prompt of a row with two sides (None if texts imply it), and the sides behind it.
 
@@ -247,8 +254,8 @@ def _two_sides(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text 
     if isinstance(prompt, str) and not shared:
         return prompt, [chosen, rejected]
     if isinstance(prompt, str):
-        said = [str(message.get("content") or "").strip() for message in shared]
-        if not any(prompt.strip() in text or (text and text in prompt) for text in said):
+        said = [text for message in shared if (text := _words(message.get("content")))]
+        if said and not any(_words(prompt) in text or text in _words(prompt) for text in said):
             raise ValueError(
                 f"`prompt` must be in the messages that both sides begin with, got {prompt[:40]!r} and "
                 f"{said[0][:40]!r}. Make it a message, or remove the column."

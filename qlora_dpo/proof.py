@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from qlora_dpo.errors import FixableError
 from qlora_dpo.forward import noise_off, score_batch, to_device
+from qlora_dpo.four_bit_head import called_by_pieces
 from qlora_dpo.layouts import Group, group_of, make_batch
 from qlora_dpo.logits import widen
 
@@ -57,7 +58,8 @@ def check_logit_rule(model: nn.Module, token_ids: Sequence[int], device: torch.d
     ids = torch.tensor([list(token_ids[:16])], device=device)
     score = {"predictors": torch.arange(ids.shape[1] - 1, device=device), "targets": ids[0, 1:]}
     with torch.no_grad(), noise_off(model):
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        with called_by_pieces(model.get_output_embeddings()):  # type: ignore[operator]
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         ours = model(input_ids=ids, score={**score, "chunk_size": None, "statistics": ()})["token_logps"]
     theirs = torch.log_softmax(widen(logits), -1).gather(-1, ids[0, 1:, None])[:, 0]
     rounding = torch.finfo(logits.dtype).eps * max(1.0, logits.abs().max().item())

@@ -17,7 +17,6 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
 from qlora_dpo.adapters import require_trainable
@@ -33,6 +32,7 @@ from qlora_dpo.arguments import (
     result_name,
     router_coefficient,
     tokenizer_from,
+    use_liger,
 )
 from qlora_dpo.budget import Rescue, forwards_of, longest_rows
 from qlora_dpo.callbacks import SyncReference, WatchPreferences
@@ -125,6 +125,8 @@ class QLoRADPOTrainer(SavingTrainer):
         tokenizer = tokenizer_from(model, policy, args, processing_class)
         _set_up(policy, args)
         reference = reference_from(policy, ref_model, args)
+        if args.use_liger_kernel and isinstance(reference, ModelReference):
+            use_liger(reference.model, args)
         if train_dataset is not None:
             require_trainable(policy)
             require_own_folder(args, policy, reference)
@@ -221,7 +223,7 @@ class QLoRADPOTrainer(SavingTrainer):
         self.data_collator.layout = layout
         if self.args.precompute_ref_log_probs:
             args = self.args
-            self.step.reference = cached_reference(self.reference, args.reference_cache, args.arithmetic)
+            self.step.reference = cached_reference(self.reference, args.reference_cache, args.rounding)
         self._proven = True
 
     def _check_start(self) -> None:
@@ -433,7 +435,7 @@ class QLoRADPOTrainer(SavingTrainer):
 def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:
     """Have a policy's layers compute as the step needs them."""
     if args.use_liger_kernel:  # Trainer does it when a training begins, and an evaluation may come before
-        apply_liger_kernel(policy, args.liger_kernel_config)
+        use_liger(policy, args)
     keep_one_arithmetic(policy)
     keep_trained_biases(policy)
     use_fast_lora(policy)

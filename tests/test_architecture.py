@@ -115,6 +115,7 @@ def test_public_names_are_imported_when_they_are_asked_for():
     assert sorted(homes) == sorted(qlora_dpo.__all__)
     assert all(getattr(qlora_dpo, name) is not None for name in homes)
     assert set(homes) < set(dir(qlora_dpo))
+    assert qlora_dpo.losses.dpo_loss is qlora_dpo.dpo_loss
     with pytest.raises(AttributeError, match="has no attribute 'DPOTrainer'"):
         qlora_dpo.DPOTrainer  # noqa: B018
     code = "import sys, qlora_dpo.__main__; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

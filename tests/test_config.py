@@ -93,7 +93,11 @@ def test_what_is_not_built_is_refused_and_never_ignored(tmp_path, name):
 
 def test_liger_is_for_layers_and_not_for_the_head(tmp_path, monkeypatch):
     monkeypatch.setattr(QLoRADPOConfig, "_set_device_and_precision", lambda self: None)  # as if there were a GPU
+    with pytest.raises(ValueError, match="must be False without the package liger-kernel"):
+        make(tmp_path, use_liger_kernel=True)
+    monkeypatch.setattr("qlora_dpo.config.is_liger_kernel_available", lambda: True)
     args = make(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert args.rounding == "no+liger"
     assert args.liger_kernel_config == {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
     for name in ("cross_entropy", "fused_linear_cross_entropy"):
         with pytest.raises(ValueError, match=f"`liger_kernel_config` must not ask for {name}"):

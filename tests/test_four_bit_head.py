@@ -5,15 +5,18 @@ import math
 
 import pytest
 import torch
+import transformers
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_dpo import four_bit_head
-from qlora_dpo.four_bit_head import HeadRows, has_plain_rows
+from qlora_dpo import four_bit_head, plan_memory
+from qlora_dpo.four_bit_head import HeadRows, by_pieces, called_by_pieces, has_plain_rows
 from qlora_dpo.logits import LogitRule
-from qlora_dpo.logps import STATISTICS, frozen_head_token_scores, token_scores
+from qlora_dpo.logps import STATISTICS, frozen_head_token_scores, token_divergences, token_scores
+
+from allocations import peak_of
 
 H, V, N = 64, 301, 13
 NAMES = (*STATISTICS, "log_sum_sq_probs")
@@ -158,3 +161,60 @@ def test_other_4_bit_heads_are_called_as_they_are():
     scores = token_scores(hidden, hooked, targets, LogitRule())["token_logps"]
     assert calls
     assert torch.allclose(scores, token_scores(hidden, packed, targets, LogitRule())["token_logps"], atol=1e-5)
+
+
+def test_a_flat_distribution_does_not_pass_what_fp16_holds():
+    """Weights with a common part: the sum over 16,384 equally likely tokens is that many times one."""
+    torch.manual_seed(0)
+    plain = nn.Linear(H, 2**14, bias=False, dtype=torch.float16).requires_grad_(False)
+    plain.weight.normal_(0, 0.02).add_(0.05)
+    packed = packed_head(plain, torch.float16)
+    plain.weight.copy_(dequantize_4bit(packed.weight.data, packed.weight.quant_state))
+    hidden, targets = rows(torch.float16)
+    grad, expected = (found(head, hidden, targets)[1] for head in (packed, plain))
+    assert grad.isfinite().all()
+    assert (grad - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_divergences_and_the_check_of_the_logit_rule_call_it_by_pieces_too(monkeypatch):
+    monkeypatch.setattr(four_bit_head, "PIECE_ELEMENTS", 40 * H)
+    packed, plain = heads(bias=True)
+    hidden, _ = rows()
+    both, rules = (hidden.detach(), hidden.detach() * 1.5), (RULES[0], RULES[0])
+    assert torch.allclose(by_pieces(packed)(hidden), plain(hidden), atol=1e-5)
+    asked, take = [], HeadRows.__getitem__
+    monkeypatch.setattr(HeadRows, "__getitem__", lambda self, ids: asked.append(ids) or take(self, ids))
+    divergences = [token_divergences(both, (head, head), rules, None, V) for head in (packed, plain)]
+    assert torch.allclose(*divergences, atol=1e-5)
+    assert len(asked) == 2 * 8
+    with called_by_pieces(packed):
+        assert torch.allclose(packed(hidden), plain(hidden), atol=1e-5)
+        assert not has_plain_rows(packed)
+    assert len(asked) == 3 * 8
+    assert has_plain_rows(packed)
+    with called_by_pieces(plain):
+        plain(hidden)
+    assert len(asked) == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("hidden", "vocabulary", "scored"), [(8192, 2048, 1024), (4096, 4096, 1024), (1024, 16384, 1024)]
+)
+def test_wide_heads_are_foretold(hidden, vocabulary, scored):
+    plain = nn.Linear(hidden, vocabulary, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    packed = packed_head(plain, torch.bfloat16)
+    states = torch.randn(scored, hidden, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.zeros(scored, dtype=torch.long)
+    measured = peak_of(lambda: token_scores(states, packed, targets, RULES[0], None, STATISTICS)).bytes
+    sizes = {"hidden_size": hidden, "vocab_size": vocabulary, "intermediate_size": hidden, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=hidden // 64, tie_word_embeddings=False)
+    options = {"quantize_head": True, "device": "cpu", "tokens": scored, "scored_tokens": scored}
+    parts = plan_memory(config, **options).phases["policy and head"]
+    foretold = sum(parts[name] for name in ("unit gradient", "logit tiles", "logit strips", "dequantised head"))
+    assert foretold == pytest.approx(measured, rel=0.1)
+
+
+def test_no_position_at_all_has_no_score():
+    for head in heads():
+        scores = token_scores(torch.zeros(0, H), head, torch.zeros(0, dtype=torch.long), RULES[0], None, NAMES)
+        assert [len(values) for values in scores.values()] == [0] * 5

@@ -32,6 +32,16 @@ def test_a_prompt_of_text_is_what_the_messages_say(prompt):
     assert (found.prompt, found.completions) == ([SYSTEM, USER], [[YES], [NO]])
 
 
+@pytest.mark.parametrize("text", ["What is it?\nSay.", 'It\'s "x"', "a\tb", "a\r\nb"])
+def test_parts_and_white_space_say_a_prompt_of_text_too(text):
+    user = {"role": "user", "content": [{"type": "text", "text": text.replace("\r", "")}]}
+    for prompt in (text, f"<|user|>{text}<|assistant|>"):
+        found = parse_row({"prompt": prompt, "chosen": [user, YES], "rejected": [user, NO]})
+        assert (found.prompt, found.completions) == ([user], [[YES], [NO]])
+    silent = {"role": "user", "content": None}
+    assert parse_row({"prompt": text, "chosen": [silent, YES], "rejected": [silent, NO]}).prompt == [silent]
+
+
 def test_a_prompt_of_text_that_no_message_says_is_not_passed_over():
     with pytest.raises(ValueError, match="`prompt` must be in the messages that both sides begin with, got 'never'"):
         parse_row({"prompt": "never", "chosen": [USER, YES], "rejected": [USER, NO]})

@@ -108,13 +108,34 @@ def test_a_compiled_model_gives_the_same_step(tokenizer, base_reference):
     assert (compiled - plain).norm() <= 1e-6 * plain.norm()
 
 
-@pytest.mark.parametrize(("options", "noisy"), [({}, False), ({"torch_compile": True}, True), (EAGER, False)])
-def test_the_noise_of_compiled_programs_is_said(tokenizer, make_args, options, noisy, recwarn):
+@pytest.mark.parametrize(
+    ("options", "reference", "exact", "noisy"),
+    [
+        ({}, "the base model", False, False),
+        ({"torch_compile": True}, "the base model", False, True),
+        ({"torch_compile": True}, "the base model", True, False),
+        ({"torch_compile": True}, "none", False, False),
+        (EAGER, "the base model", False, False),
+    ],
+)
+def test_the_noise_of_compiled_programs_is_said(tokenizer, make_args, options, reference, exact, noisy, recwarn):
     """Measured by hand, as compiling takes two minutes: scripts/PROFILE.md."""
-    args = make_args(**options)
-    announce(policy_of(tokenizer), "the base model", 0.0, args)
+    with torch._inductor.config.patch(emulate_precision_casts=exact):
+        announce(policy_of(tokenizer), reference, 0.0, make_args(**options))
     said = [str(w.message) for w in recwarn if "two programs, of the policy and of its reference" in str(w.message)]
     assert len(said) == noisy
+
+
+def test_liger_is_given_to_the_reference_model_too_and_no_effect_is_said(tokenizer, make_args, monkeypatch):
+    """A stand-in: Liger's kernels need a GPU."""
+    given = []
+    monkeypatch.setattr("qlora_dpo.arguments.apply_liger_kernel", lambda model, config: given.append(model))
+    args = make_args()
+    args.use_liger_kernel = True
+    policy, reference = policy_of(tokenizer), build_tiny_llama(tokenizer)
+    with pytest.warns(UserWarning, match="`use_liger_kernel` has no effect: Liger has no kernels for llama"):
+        trainer_of(tokenizer, args, policy=policy, ref_model=reference)
+    assert given == [policy, reference]
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
