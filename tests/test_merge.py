@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -577,7 +578,10 @@ def test_sizes(size, found):
 
 
 def test_memory_is_bounded_by_the_adapter_and_one_layer(adapter, tokenizer, tmp_path):
-    """On a base of 200 MB whose largest layer has 4 MB in fp32: counted in a process of its own."""
+    """On a base of 200 MB whose largest layer has 4 MB in fp32: counted in a process of its own.
+
+    It gives back at once what it frees, or else what the C library keeps is counted too: 47 to 57 MB instead of 31.
+    """
     options = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8}
     with torch.random.fork_rng():
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **options)).to(torch.bfloat16)
@@ -589,11 +593,13 @@ def test_memory_is_bounded_by_the_adapter_and_one_layer(adapter, tokenizer, tmp_
     Path(tmp_path, "adapter", "qlora_dpo.json").write_text(json.dumps(record))
     words = [adapter, str(tmp_path / "adapter"), str(tmp_path / "out"), "50MB"]
     script = Path(__file__).with_name("one_merge.py")
-    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=True)
+    giving_back = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = [sys.executable, str(script), *words]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | giving_back)
     found = json.loads(done.stdout.splitlines()[-1])
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert found["written"] > 190e6
-    assert found["taken"] < 2 * weights + 12 * 4 * 512 * 2048 < 0.3 * found["written"]
+    assert found["taken"] < 2 * weights + 8 * 4 * 512 * 2048 < 0.2 * found["written"]
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 5
 
 
