@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qlora_dpo.blockwise import MOST_QUERIES, MOST_WEIGHTS
 from qlora_dpo.four_bit_head import tile_shape
+from qlora_dpo.lean import strip_rows
 from qlora_dpo.logits import chunk_length, strip_length
 from qlora_dpo.shapes import Shape
 
@@ -184,23 +186,57 @@ def _layer_saved(shape: Shape, options: MemoryOptions) -> int:
 
     For each token: the outputs of the norms that feed linear layers (2 h); rotated queries, keys and values repeated to
     the query heads and gathered by segment, the output before and after it is made contiguous (q each; on a CPU keys
-    and values as they are, and one output); the MLP (gate, its activation, up, their product: `expanded` + I, and I
-    more where it is gated); the projections of rank r. A norm keeps its input, in fp32 whatever the compute dtype: in
-    fp32 the first norm's is the layer's own input.
+    and values as they are, and one output); the MLP, gate and up (`expanded`) where it is `lean`'s, else the product
+    too (I), and the activation of a gate (I); the projections of rank r. A norm keeps its input, the first one's being
+    the layer's own; a norm that is not `lean`'s keeps an fp32 copy of it in 16 bit too.
     """
-    c, gated = options.width, shape.expanded > shape.intermediate
-    attention = (1 + 2 * GATHERED + 2) * shape.query
-    if options.device == "cpu" and options.compute_dtype != "float16":
-        attention = 2 * shape.query + 2 * shape.key_value
-    numbers = 2 * shape.hidden + attention
-    numbers += shape.expanded + shape.intermediate * (1 + gated)
+    c = options.width
+    blockwise = _attends_blockwise(options)
+    attention = 2 * shape.query + 2 * shape.key_value if blockwise else (1 + 2 * GATHERED + 2) * shape.query
+    numbers = 2 * shape.hidden + attention + _mlp_saved(shape, options)
     numbers += options.lora_r * len(shape.layer_linears)
-    own_inputs = shape.hidden_norms - (c == FP32)
+    copied = c < FP32 and not shape.lean_norms
+    own_inputs = shape.hidden_norms - (not copied)
     norms = own_inputs * shape.hidden + shape.head_norms * (shape.query + shape.key_value)
     factors = sum(options.lora_r * (i + o) for i, o in shape.layer_linears) if c < FP32 else 0  # autocast's copies
     if not options.quantize and c < FP32:  # PEFT's own layer: autocast narrows the input of each adapter anew
         numbers += sum(i for i, _ in shape.layer_linears)
-    return options.tokens * (numbers * c + norms * FP32) + factors * c
+    return options.tokens * (numbers * c + norms * _norm_width(shape, options)) + factors * c
+
+
+def _mlp_saved(shape: Shape, options: MemoryOptions) -> int:
+    """Numbers a token that an MLP keeps beside its input."""
+    gated = shape.expanded > shape.intermediate
+    return shape.expanded + (0 if _lean_mlp(shape, options) else shape.intermediate * (1 + gated))
+
+
+def _attends_blockwise(options: MemoryOptions) -> bool:
+    return options.device == "cpu" and options.compute_dtype != "float16"
+
+
+def _attention_work(shape: Shape, options: MemoryOptions) -> int:
+    """Bytes that attention's backward pass takes beside what was kept for it.
+
+    The gradients of its output and of the queries; those of the keys and values, repeated and gathered as these are.
+    `blockwise` has queries and the output's gradient once more, keys and values and their gradients three times each,
+    and a block's weights and their gradients.
+    """
+    if not _attends_blockwise(options):
+        return options.tokens * (2 + 2 * GATHERED) * shape.query * options.width
+    numbers = options.tokens * (4 * shape.query + 8 * shape.key_value)
+    heads = shape.query // shape.head_dim
+    weights = min(MOST_WEIGHTS, heads * min(MOST_QUERIES, options.tokens) * options.tokens)
+    return (numbers + 2 * weights) * options.width
+
+
+def _lean_mlp(shape: Shape, options: MemoryOptions) -> bool:
+    """Whether the MLP keeps gate and up only: what `lean` does over 4-bit layers."""
+    return shape.lean_mlp and options.quantize
+
+
+def _norm_width(shape: Shape, options: MemoryOptions) -> int:
+    """Bytes of a number that a norm keeps."""
+    return options.width if shape.lean_norms else FP32
 
 
 def _kept(shape: Shape, options: MemoryOptions) -> dict[str, int]:
@@ -211,7 +247,8 @@ def _kept(shape: Shape, options: MemoryOptions) -> dict[str, int]:
         small = 0 if options.gradient_checkpointing else shape.layers * options.lora_r * len(shape.layer_linears)
         return {"layer inputs": state + positions, "projections": options.tokens * small * options.width}
     layers = min(options.keep_layers, shape.layers) if options.gradient_checkpointing else shape.layers
-    states = shape.layers if options.width == FP32 else shape.layers - layers  # norms of kept ones hold fp32 copies
+    copied = _norm_width(shape, options) > options.width  # norms of kept layers hold fp32 copies instead
+    states = shape.layers - layers * copied
     return {"layer inputs": states * state + positions, "kept layers": layers * _layer_saved(shape, options)}
 
 
@@ -246,7 +283,7 @@ def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]
     states = options.tokens * shape.hidden * c
     rows = options.scored * shape.hidden
     keeps = trained and not options.activation_offloading
-    before_norm = options.tokens * shape.hidden * FP32 * keeps  # which its backward pass needs, in fp32
+    before_norm = options.tokens * shape.hidden * _norm_width(shape, options) * keeps  # for its backward pass
     vocabulary, chunk = shape.vocabulary, chunk_length(shape.vocabulary, options.logps_chunk_size, c)
     if packed:
         chunk, vocabulary = tile_shape(shape.hidden, shape.vocabulary, options.logps_chunk_size, c)
@@ -267,25 +304,31 @@ def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     """The backward pass of the last layer, when all layer inputs are still there.
 
     On top of its working set (with offloading and without checkpointing only of what the MLP needs at the moment) there
-    is the gradient of its output, and at the fullest of three moments:
+    is the gradient of its output, and at the fullest of these moments:
 
     - in the MLP, the gradients of the product (which is gone), of activation and of up; without a gate, of one less;
+      a `lean` one has those of gate and up, and of a strip the activation and two gradients;
     - in the MLP's last matrix, the gradient of the product and the dequantised weight;
-    - where a norm follows the MLP (Gemma), its four gradients in fp32.
+    - where a norm that is not `lean`'s follows the MLP (as in Gemma), its four gradients in fp32;
+    - in attention, when what the MLP and the norm before it kept is gone.
     """
     t = options.tokens
     inner = t * shape.intermediate * options.width
     gated = shape.expanded > shape.intermediate
     if options.activation_offloading and not options.gradient_checkpointing:
-        work = inner * (2 + gated)
+        work = inner * (1 + gated if _lean_mlp(shape, options) else 2 + gated)
     elif options.gradient_checkpointing and (options.activation_offloading or not options.keep_layers):
         work = _layer_saved(shape, options)
     else:
         work = 0  # the last layer is among those kept
+    row = shape.intermediate * options.width
+    strips = 3 * row * min(strip_rows(row, options.device), t) * _lean_mlp(shape, options)
+    gone = t * (_mlp_saved(shape, options) + 2 * shape.hidden) * options.width
     moments = [
-        {"gradients of activations": inner * (1 + gated)},
+        {"gradients of activations": inner * (1 + gated) + strips},
         {"gradients of activations": inner, "dequantised weight": _largest_weight(shape, options)},
-        {"gradients of activations": 4 * FP32 * t * shape.hidden * (shape.hidden_norms > 2)},
+        {"gradients of activations": 4 * FP32 * t * shape.hidden * (shape.hidden_norms > 2 and not shape.lean_norms)},
+        {"gradients of activations": _attention_work(shape, options) - gone},
     ]
     return {
         **_kept(shape, options),

@@ -17,20 +17,34 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+class Source:
+    """What the input of a layer is made of, and kept as: here the input itself."""
+
+    def value(self, *parts: Tensor) -> Tensor:
+        """The input `(N, i)`."""
+        return parts[0]
+
+    def pull(self, upstream: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of each part, from that of the input, which may be overwritten."""
+        return (upstream,)
+
+
 class _LoraOver4Bit(torch.autograd.Function):
     """y = W x + sum over adapters of s B A x, with the frozen W in 4 bit."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Module, scales: list[float], *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, source: Source, base: nn.Module, scales: list[float], *tensors: Tensor) -> Tensor:
         """The base's output first, by its own code, so that a pass without adapters computes the same bits.
 
         Args:
             ctx: Of autograd.
-            x: `(N, i)`.
+            source: What x is made of.
             base: The 4-bit layer.
             scales: Factor of each adapter.
-            *factors: `A` `(r, i)` and `B` `(o, r)` of each adapter, in the dtype they compute in.
+            *tensors: The parts of x; then `A` `(r, i)` and `B` `(o, r)` of each adapter, in the dtype they compute in.
         """
+        parts, factors = tensors[: -2 * len(scales)], tensors[-2 * len(scales) :]
+        x = source.value(*parts)
         output = base(x)
         projections = []
         for scale, a, b in zip(scales, factors[::2], factors[1::2], strict=True):
@@ -40,36 +54,39 @@ class _LoraOver4Bit(torch.autograd.Function):
             else:
                 output += (projection @ b.t() * scale).to(output.dtype)
             projections.append(projection)
-        ctx.base, ctx.scales = base, scales
-        ctx.save_for_backward(x, *projections, *factors)
+        ctx.source, ctx.base, ctx.scales = source, base, scales
+        ctx.save_for_backward(*parts, *projections, *factors)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """dx, dA and dB; W is dequantised once, and only if dx is wanted."""
-        count = len(ctx.scales)
-        x, *saved = ctx.saved_tensors  # read once: a checkpoint hands them out once
-        projections, factors = saved[:count], saved[count:]
-        needed = ctx.needs_input_grad
-        dx: Tensor | None = None
-        if needed[0]:
-            dtype = ctx.base.compute_dtype or x.dtype
-            weight = dequantize_4bit(ctx.base.weight.view(-1, 1), ctx.base.weight.quant_state).to(dtype)
-            dx = (upstream.to(dtype) @ weight).to(x.dtype)
-            del weight
-        grads: list[Tensor | None] = []
+        """Gradients of the parts of x, of A and of B; W is dequantised once, and only if that of x is wanted."""
+        saved, count = ctx.saved_tensors, len(ctx.scales)  # read once: a checkpoint hands them out once
+        parts, projections, factors = saved[: -3 * count], saved[-3 * count : -2 * count], saved[-2 * count :]
+        wanted = ctx.needs_input_grad[3:]
+        of_parts, of_factors = wanted[: len(parts)], wanted[len(parts) :]
+        x = ctx.source.value(*parts) if any(of_factors[::2]) else parts[0]
+        pulls, grads = [], []
         for i, (scale, projection) in enumerate(zip(ctx.scales, projections, strict=True)):
-            a, b = factors[2 * i : 2 * i + 2]
-            above = upstream.to(b.dtype)
-            through = above @ b
-            if dx is not None and dx.dtype == a.dtype:
-                dx.addmm_(through, a, alpha=scale)
-            elif dx is not None:
-                dx += (through @ a * scale).to(dx.dtype)
-            grads.append(_product(through.t(), x.to(a.dtype), scale) if needed[3 + 2 * i] else None)
-            grads.append(_product(above.t(), projection, scale) if needed[4 + 2 * i] else None)
-        return dx, None, None, *grads
+            above = upstream.to(projection.dtype)
+            pulls.append(above @ factors[2 * i + 1])
+            wants_a, wants_b = of_factors[2 * i : 2 * i + 2]
+            grads.append(_product(pulls[i].t(), x.to(projection.dtype), scale) if wants_a else None)
+            grads.append(_product(above.t(), projection, scale) if wants_b else None)
+        del x
+        if not any(of_parts):
+            return None, None, None, *(None for _ in parts), *grads
+        dtype = ctx.base.compute_dtype or parts[0].dtype
+        weight = dequantize_4bit(ctx.base.weight.view(-1, 1), ctx.base.weight.quant_state).to(dtype)
+        dx = (upstream.to(dtype) @ weight).to(parts[0].dtype)
+        del weight
+        for scale, pull, a in zip(ctx.scales, pulls, factors[::2], strict=True):
+            if dx.dtype == a.dtype:
+                dx.addmm_(pull, a, alpha=scale)
+            else:
+                dx += (pull @ a * scale).to(dx.dtype)
+        return None, None, None, *ctx.source.pull(dx, *parts), *grads
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -82,25 +99,33 @@ class FastLinear4bit(Linear4bit):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(..., i)` -> `(..., o)`."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if args or kwargs or not names or not self._serves(names):
-            return super().forward(x, *args, **kwargs)
-        weights = [layers[name].weight for name in names for layers in (self.lora_A, self.lora_B)]
-        if torch.is_autocast_enabled(x.device.type):
-            weights = [weight.to(torch.get_autocast_dtype(x.device.type)) for weight in weights]
-        scales = [float(self.scaling[name]) for name in names]
-        return _LoraOver4Bit.apply(x.reshape(-1, x.shape[-1]), self.base_layer, scales, *weights).unflatten(
-            0, x.shape[:-1]
-        )
+        return super().forward(x, *args, **kwargs) if args or kwargs or not self.serves else self.of(Source(), x)
 
-    def _serves(self, names: list[str]) -> bool:
+    def of(self, source: Source, *parts: Tensor) -> Tensor:
+        """The output `(..., o)` for an input that is made of `parts`, `(..., i)` each; if the layer `serves`."""
+        names = self._adapters
+        weights = [layers[name].weight for name in names for layers in (self.lora_A, self.lora_B)]
+        device, shape = parts[0].device.type, parts[0].shape[:-1]
+        if torch.is_autocast_enabled(device):
+            weights = [weight.to(torch.get_autocast_dtype(device)) for weight in weights]
+        scales = [float(self.scaling[name]) for name in names]
+        rows = [part.reshape(-1, part.shape[-1]) for part in parts]
+        return _LoraOver4Bit.apply(source, self.base_layer, scales, *rows, *weights).unflatten(0, shape)
+
+    @property
+    def _adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    @property
+    def serves(self) -> bool:
         """Whether the layer is plain LoRA without dropout over a frozen 4-bit layer."""
-        base = self.base_layer
+        base, names = self.base_layer, self._adapters
         state = getattr(base.weight, "quant_state", None)
         return (
-            not self.disable_adapters
+            bool(names)
+            and not self.disable_adapters
             and not self.merged
-            and _is_bare(base)
+            and is_bare(base)
             and not any(parameter.requires_grad for parameter in base.parameters(recurse=False))
             and state is not None
             and tuple(state.shape) == (base.out_features, base.in_features)
@@ -112,10 +137,10 @@ class FastLinear4bit(Linear4bit):
         a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
         quiet = isinstance(dropout, nn.Identity) or not dropout.training or getattr(dropout, "p", 1.0) == 0.0
         plain = type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None
-        return quiet and plain and name not in self.lora_variant and _is_bare(a) and _is_bare(b) and a.weight.dim() == 2
+        return quiet and plain and name not in self.lora_variant and is_bare(a) and is_bare(b) and a.weight.dim() == 2
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     """Whether nothing acts on a call of the module: no hook, no weights that are brought when it is called."""
     return not (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 

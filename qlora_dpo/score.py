@@ -22,6 +22,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, json_row, sequences
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
+from qlora_dpo.lean import use_lean_layers
 from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.model import load_policy, load_tokenizer
 from qlora_dpo.paths import saved_adapter
@@ -116,6 +117,7 @@ def load_scorer(adapter: str, reference: str | None = None, base: str | None = N
     policy.eval()
     install_scoring(policy.get_base_model())
     use_fast_lora(policy)
+    use_lean_layers(policy)
     others = {name: value for name, value in model_kwargs.items() if name != "revision"}  # which is the base's
     made = make_reference(asked, policy, in_4bit=quantization is not None, model_kwargs=others)
     warn_of_reference(record, made)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from qlora_dpo.lean import is_gated_mlp, norm_rule
 from qlora_dpo.logits import LogitRule
 from qlora_dpo.paths import check_path
 
@@ -79,6 +80,8 @@ class Shape:
         softcap: Whether the logits are soft-capped.
         hidden_norms: Norms of a hidden state in a layer.
         head_norms: Whether queries and keys are normalised too.
+        lean_norms: Whether the norms are such that `lean` has them keep their input as it comes.
+        lean_mlp: Whether the MLP is one that `lean` has keep gate and up only.
         linears: `(inputs, outputs)` of each linear layer but the head.
         layer_linears: The same of one decoder layer.
         embeddings: Weights of the embeddings.
@@ -98,6 +101,8 @@ class Shape:
     softcap: bool
     hidden_norms: int
     head_norms: bool
+    lean_norms: bool
+    lean_mlp: bool
     linears: tuple[tuple[int, int], ...]
     layer_linears: tuple[tuple[int, int], ...]
     embeddings: int
@@ -183,6 +188,8 @@ def _shape(config: PreTrainedConfig, name: str) -> Shape:
         softcap=bool(LogitRule.from_config(config).softcap),
         hidden_norms=norms.count((config.hidden_size,)),
         head_norms=(head_dim,) in norms,
+        lean_norms=all(norm_rule(module) for module in modules),
+        lean_mlp=any(is_gated_mlp(module) for module in layer.modules()),
         linears=tuple(linears.values()),
         layer_linears=tuple(inside.values()),
         embeddings=embeddings.numel(),

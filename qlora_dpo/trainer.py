@@ -47,6 +47,7 @@ from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.generations import SampleGenerations
 from qlora_dpo.layouts import Group, GroupCollator
+from qlora_dpo.lean import use_lean_layers
 from qlora_dpo.lora import keep_trained_biases, use_fast_lora
 from qlora_dpo.memory import weight_bytes
 from qlora_dpo.metrics import preference_metrics
@@ -439,6 +440,7 @@ def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:
     keep_one_arithmetic(policy)
     keep_trained_biases(policy)
     use_fast_lora(policy)
+    use_lean_layers(policy)
     install_scoring(policy.get_base_model())
     if args.disable_dropout:
         disable_dropout(policy)

@@ -27,7 +27,7 @@ LAYERS = [
         "adapters",
         "lora",
     },
-    {"measures", "progress", "rewardbench", "world", "data_report"},
+    {"lean", "measures", "progress", "rewardbench", "world", "data_report"},
     {"charts"},
     {
         "objective",

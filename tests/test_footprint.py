@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, kernels, load_policy, plan_memory, training
 from qlora_dpo.callbacks import KeepLayers
 from qlora_dpo.layouts import Group, make_batch
+from qlora_dpo.lean import STRIP_BYTES
 from qlora_dpo.logits import STRIP_ELEMENTS, LogitRule
 from qlora_dpo.logps import frozen_head_token_scores
 from qlora_dpo.offload import activations_moved
@@ -135,9 +136,10 @@ def foretold(config, tokens, device="cpu", **options):
 
 @pytest.fixture
 def gathered(monkeypatch):
-    """Attention that keeps gathered keys, and logits in strips, as on a GPU."""
+    """Attention that keeps gathered keys, and strips, as on a GPU."""
     monkeypatch.setattr(kernels, "implementation_for", lambda case: kernels.SEGMENTS)
-    monkeypatch.setitem(STRIP_ELEMENTS, "cpu", STRIP_ELEMENTS["cuda"])
+    for strips in (STRIP_ELEMENTS, STRIP_BYTES):
+        monkeypatch.setitem(strips, "cpu", strips["cuda"])
 
 
 @pytest.fixture(scope="module")
