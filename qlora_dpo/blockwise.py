@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_dpo.layouts import Segment
-from qlora_dpo.segments import expanded, keys_of, prefix_and_own
+from qlora_dpo.segments import keys_of, prefix_and_own
 
 MOST_QUERIES, FEWEST_QUERIES, MOST_WEIGHTS = 256, 16, 2**23
 """Queries of a block, and how many weights of all heads it may have before it gets fewer queries."""
@@ -72,25 +72,24 @@ class _RowAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        heads = query.shape[1]
-        keys, values = expanded(key, heads, 1), expanded(value, heads, 1)
+        heads, groups = query.shape[1], key.shape[1]
         output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         lse = torch.empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for segment in segments:
-            all_keys, all_values = keys_of(keys, segment), keys_of(values, segment)
+            all_keys, all_values = (_for_each_query_head(keys_of(x, segment), heads) for x in (key, value))
             for block in _blocks(segment, heads, window):
                 rows = slice(segment.start + block.first, segment.start + block.last)
                 seen = slice(block.oldest, block.newest)
                 plain = window is None and block.newest == block.last - block.first
                 found, found_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    query[:, :, rows],
+                    query[0, :, rows].unflatten(0, (groups, -1)),
                     all_keys[:, :, seen],
                     all_values[:, :, seen],
                     is_causal=plain,
                     attn_mask=None if plain else _hidden(block, segment.prefix_length, window, query),
                     scale=scale,
                 )
-                output[:, rows], lse[:, :, rows] = found.transpose(1, 2), found_lse
+                output[0, rows], lse[0, :, rows] = found.flatten(0, 1).transpose(0, 1), found_lse.flatten(0, 1)
         ctx.segments, ctx.scale, ctx.window = segments, scale, window
         ctx.save_for_backward(*(_alone(x) for x in (query, key, value)), output, lse)
         return output
@@ -131,6 +130,11 @@ class _RowAttention(torch.autograd.Function):
                 prefix[0] += piece[:, : segment.prefix_length]
                 own[0] += piece[:, segment.prefix_length :]
         return d_query, d_key, d_value, None, None, None
+
+
+def _for_each_query_head(x: Tensor, heads: int) -> Tensor:
+    """`(1, g, n, d)` -> `(g, r, n, d)`, the same memory for the heads of a group."""
+    return x[0, :, None].expand(-1, heads // x.shape[1], -1, -1)
 
 
 def _alone(x: Tensor) -> Tensor:

@@ -323,7 +323,8 @@ def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:
         work = 0  # the last layer is among those kept
     row = shape.intermediate * options.width
     strips = 3 * row * min(strip_rows(row, options.device), t) * _lean_mlp(shape, options)
-    gone = t * (_mlp_saved(shape, options) + 2 * shape.hidden) * options.width
+    before = 2 * shape.hidden if shape.hidden_norms > 1 else -shape.hidden  # beside attention, the MLP's gradient waits
+    gone = t * (_mlp_saved(shape, options) + before) * options.width
     moments = [
         {"gradients of activations": inner * (1 + gated) + strips},
         {"gradients of activations": inner, "dequantised weight": _largest_weight(shape, options)},

@@ -70,8 +70,8 @@ class _Norm(torch.autograd.Function):
     """y = w x / sqrt(mean(x^2) + eps), with a frozen w; fp32 inside."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rule: NormRule) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, eps: float, rule: NormRule) -> Tensor:
+        """`(N, H)`."""
         output, scales = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
         for strip in _strips(rows, 4):
             wide = rows[strip].to(torch.float32)
@@ -79,27 +79,32 @@ class _Norm(torch.autograd.Function):
             rule.apply(wide * scales[strip], weight, output[strip])
         ctx.save_for_backward(rows, scales, weight)
         ctx.rule = rule
-        return output.view(x.shape)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         """dx = s (w dy - n mean(w dy n)), with s = 1 / sqrt(mean(x^2) + eps) and n = s x."""
         rows, scales, weight = ctx.saved_tensors
-        above, dx, wide_weight = upstream.reshape(rows.shape), torch.empty_like(rows), weight.float() + ctx.rule.offset
+        dx, wide_weight = torch.empty_like(rows), weight.float() + ctx.rule.offset
         for strip in _strips(rows, 4):
-            normed, pull = rows[strip] * scales[strip], above[strip] * wide_weight
+            normed, pull = rows[strip] * scales[strip], upstream[strip] * wide_weight
             along = (pull * normed).mean(-1, keepdim=True)
             dx[strip] = pull.sub_(normed.mul_(along)).mul_(scales[strip])
-        return dx.view(upstream.shape), None, None, None
+        return dx, None, None, None
 
 
-def _norm_forward(self: Any, x: Tensor) -> Tensor:
+def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`(..., H)` -> `(..., H)`."""
-    alike = x.dtype == self.weight.dtype != torch.float64
+    alike = len(args) == 1 and not kwargs and args[0].dtype == self.weight.dtype != torch.float64
     if not alike or self.weight.requires_grad or torch.compiler.is_compiling():
-        return type(self).forward(self, x)
-    return _Norm.apply(x, self.weight, _eps(self), self._lean_rule)
+        return type(self).forward(self, *args, **kwargs)
+    x = args[0]
+    return _normalised(x, self.weight, _eps(self), self._lean_rule)
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float, rule: NormRule) -> Tensor:
+    return _Norm.apply(x.reshape(-1, x.shape[-1]), weight, eps, rule).view(x.shape)
 
 
 def _eps(module: nn.Module) -> Any:
@@ -112,13 +117,14 @@ def norm_rule(module: nn.Module) -> NormRule | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or module._modules or not _eps(module):
         return None
-    draws = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 24, generator=draws).to(torch.bfloat16)
-    small = torch.randn(24, generator=draws).to(torch.bfloat16)
-    own = _of_stand_in(module, x, weight=nn.Parameter(small, requires_grad=False))
-    if own is None:
-        return None
-    return next((rule for rule in NORM_RULES if _same(own, _Norm.apply(x, small, _eps(module), rule))), None)
+    found = set(NORM_RULES)
+    for dtype in PROBE_DTYPES:
+        x, small = _probe(24, dtype), _draw(24, dtype=dtype)
+        own = _of_stand_in(module, x, weight=nn.Parameter(small, requires_grad=False))
+        if own is None:
+            return None
+        found = {rule for rule in found if _same(own, _normalised(x, small, _eps(module), rule))}
+    return next((rule for rule in NORM_RULES if rule in found), None)
 
 
 # ---- gated MLPs ------------------------------------------------------------------------------------------------------
@@ -169,22 +175,29 @@ def _activation(module: nn.Module) -> Any:
     return getattr(module, "act_fn", getattr(module, "activation_fn", None))
 
 
-def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`(..., H)` -> `(..., H)`."""
     act, down = _activation(self), self.down_proj
-    if torch.compiler.is_compiling() or (isinstance(act, nn.Module) and not is_bare(act)):
-        return type(self).forward(self, x)
-    parts = _MLPS[_linears(self)]
+    if len(args) != 1 or kwargs or not _is_quiet(act) or torch.compiler.is_compiling():
+        return type(self).forward(self, *args, **kwargs)
+    gate_and_up = _MLPS[_linears(self)]
     if not torch.is_grad_enabled():
-        return down(_product(act, *parts(self, x)))
-    if isinstance(down, FastLinear4bit) and is_bare(down) and down.serves:
-        return down.of(_Gated(act), *parts(self, x))
-    gate, up = parts(self, x)
-    return down(act(gate) * up)
+        return down(_product(act, *gate_and_up(self, *args)))
+    if type(down) is FastLinear4bit and is_bare(down) and down.serves:
+        gate, up = gate_and_up(self, *args)
+        return down.of(_Gated(act), gate, up) if gate.dtype == up.dtype else down(act(gate) * up)
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _is_quiet(act: Any) -> bool:
+    """Whether an activation is a function alone: nothing acts on its calls, and nothing of it is trained."""
+    return not isinstance(act, nn.Module) or (is_bare(act) and not any(p.requires_grad for p in act.parameters()))
 
 
 def _product(act: Any, gate: Tensor, up: Tensor) -> Tensor:
-    """`(..., I)`, of a function of its own so that gate and up are gone when it is multiplied."""
+    """`(..., I)`, in a function of its own so that gate and up are gone when it is multiplied."""
+    if gate.dtype != up.dtype:
+        return act(gate) * up
     return _Gated(act).value(*(part.reshape(-1, part.shape[-1]) for part in (gate, up))).view(gate.shape)
 
 
@@ -194,23 +207,36 @@ def is_gated_mlp(module: nn.Module) -> bool:
     names, act = _linears(module), _activation(module)
     if not names or act is None or set(module._modules) - {*names, "act_fn", "activation_fn"} or module._parameters:
         return False
-    draws = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 12, generator=draws)
     sizes = {"gate_proj": (12, 16), "up_proj": (12, 16), "gate_up_proj": (12, 32), "down_proj": (16, 12)}
-    layers = {name: nn.Linear(*sizes[name], device="meta").to_empty(device="cpu") for name in names}
-    for layer in layers.values():
-        for parameter in layer.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=draws)
     acts = {name: module._modules[name] for name in ("act_fn", "activation_fn") if name in module._modules}
-    own = _of_stand_in(module, x, **layers, **acts)
-    if own is None:
-        return False
-    ours = types.SimpleNamespace(**layers)
-    gate, up = _MLPS[names](ours, x)
-    return _same(own, layers["down_proj"](_Gated(act).value(gate, up)))
+    for dtype in PROBE_DTYPES:
+        layers = {name: nn.Linear(*sizes[name], bias=False, device="meta", dtype=dtype) for name in names}
+        for layer in layers.values():  # without PyTorch's own draws, which would move its generator
+            layer.weight = nn.Parameter(_draw(*layer.weight.shape, dtype=dtype))
+        x = _probe(12, dtype)
+        own = _of_stand_in(module, x, **layers, **acts)
+        if own is None:
+            return False
+        gate, up = _MLPS[names](types.SimpleNamespace(**layers), x)
+        if not _same(own, layers["down_proj"](_Gated(act).value(gate, up))):
+            return False
+    return True
 
 
 # ---- putting them in place -------------------------------------------------------------------------------------------
+
+
+PROBE_DTYPES = torch.bfloat16, torch.float32
+
+
+def _draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(dtype)
+
+
+def _probe(width: int, dtype: torch.dtype) -> Tensor:
+    """`(n, width)` with rows small enough for an eps to count, and large enough for a limit to cut."""
+    sizes = torch.tensor([0.0, 1e-4, 1e-2, 1.0, 1.0, 30.0, 1e3, 1e4], device="cpu")
+    return (_draw(len(sizes), width, dtype=torch.float32) * sizes[:, None]).to(dtype)
 
 
 def _same(own: Tensor, ours: Tensor) -> bool:

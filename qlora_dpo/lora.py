@@ -15,6 +15,7 @@ from bitsandbytes.nn import Linear4bit as BaseLinear4bit
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 
 class Source:
@@ -141,8 +142,9 @@ class FastLinear4bit(Linear4bit):
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether nothing acts on a call of the module: no hook, no weights that are brought when it is called."""
-    return not (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    """Whether nothing acts on a call of the module: no hook, no other forward, no weights that are brought for it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__ and not _has_any_global_hook()
 
 
 class TrainedBiasLinear4bit(BaseLinear4bit):

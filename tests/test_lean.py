@@ -117,11 +117,60 @@ class Attentive(LlamaRMSNorm):
         return x + other
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(48), Shifted(48), Attentive(48), nn.Linear(48, 48), nn.RMSNorm(48)])
+class EpsBeside(LlamaRMSNorm):
+    """Differs where the input is small."""
+
+    def forward(self, x):
+        return self.weight * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon))
+
+
+class Bounded(LlamaRMSNorm):
+    """Differs where the input is large."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(-100, 100))
+
+
+LOOK_ALIKES = [Shifted, Attentive, EpsBeside, Bounded, nn.LayerNorm, nn.RMSNorm]
+
+
+@pytest.mark.parametrize("module", [*(kind(48) for kind in LOOK_ALIKES), nn.Linear(48, 48)])
 def test_what_only_looks_like_a_norm_is_left_alone(module):
     assert norm_rule(module) is None
     assert use_lean_layers(module) == 0
     assert "forward" not in module.__dict__
+
+
+class WithGate(LlamaRMSNorm):
+    """A norm that may be given a gate, as those of state-space models are."""
+
+    def forward(self, hidden_states, gate=None):
+        normed = super().forward(hidden_states)
+        return normed if gate is None else normed * gate
+
+
+def test_a_call_in_another_way_takes_the_models_own_forward():
+    norm, x = norm_of(WithGate), draws(5, 48)
+    expected = norm(x)
+    use_lean_layers(norm)
+    assert torch.equal(norm(x, 2.0), 2 * expected)
+    assert torch.equal(norm(hidden_states=x), expected)
+
+
+def test_the_output_of_a_norm_may_be_changed_in_place():
+    norm, x = norm_of(LlamaRMSNorm), draws(2, 5, 48).requires_grad_()
+    use_lean_layers(norm)
+    norm.register_forward_hook(lambda module, inputs, output: output.add_(0.1))
+    norm(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_looking_draws_no_random_numbers_and_needs_no_device():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        assert use_lean_layers(nn.ModuleList([LlamaRMSNorm(48), LlamaMLP(Sizes("silu"))])) == 2
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---- MLPs ------------------------------------------------------------------------------------------------------------
@@ -250,6 +299,52 @@ def test_other_kinds_of_layers_get_what_they_got(case):
     assert seen == [(50, 96)] * (2 * (case == "hook"))
 
 
+HOOKS = {
+    "backward": lambda module, note: module.register_full_backward_hook(note),
+    "before backward": lambda module, note: module.register_full_backward_pre_hook(note),
+    "forward": lambda module, note: module.register_forward_hook(note),
+}
+
+
+@pytest.mark.parametrize("where", ["down_proj", "act_fn"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_run_once_a_pass(hook, where):
+    _, mlp = mlp_of()
+    use_lean_layers(mlp)
+    seen = []
+    HOOKS[hook](getattr(mlp, where), lambda *args: seen.append(1) and None)
+    pulled(mlp, draws(3000, 32))
+    assert len(seen) == 1
+
+
+def test_a_forward_of_its_own_on_the_last_layer_is_called():
+    _, mlp = mlp_of()
+    use_lean_layers(mlp)
+    mlp.down_proj.forward = lambda x: x
+    assert mlp(draws(5, 32)).shape == (5, 96)
+
+
+def test_an_activation_that_is_trained_gets_its_gradient():
+    _, mlp = mlp_of(act="prelu", modules_to_save=["act_fn"])
+    expected = pulled(mlp, draws(50, 32))
+    use_lean_layers(mlp)
+    found = pulled(mlp, draws(50, 32))
+    name = "act_fn.modules_to_save.default.weight"
+    assert expected[name].abs().sum() > 0
+    assert torch.equal(found[name], expected[name])
+
+
+def test_gate_and_up_of_two_dtypes_are_multiplied_as_ever():
+    _, mlp = mlp_of()
+    mlp.up_proj.register_forward_hook(lambda module, inputs, output: output.bfloat16())
+    x = draws(9, 32)
+    expected = pulled(mlp, x)
+    use_lean_layers(mlp)
+    assert all(torch.equal(value, expected[name]) for name, value in pulled(mlp, x).items())
+    with torch.no_grad():
+        assert torch.equal(mlp(x), expected["y"])
+
+
 class Scaled(LlamaMLP):
     """Much like a gated MLP."""
 
@@ -272,7 +367,22 @@ class Clamped(LlamaMLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp_min(0) * self.up_proj(x))
 
 
-@pytest.mark.parametrize("kind", [Scaled, Dropping, Clamped])
+class Limited(LlamaMLP):
+    """Differs where its gate is large."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=16) * self.up_proj(x))
+
+
+class Wide(LlamaMLP):
+    """Differs in 16 bit."""
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj((self.act_fn(gate.float()) * up.float()).to(gate.dtype))
+
+
+@pytest.mark.parametrize("kind", [Scaled, Dropping, Clamped, Limited, Wide])
 def test_what_only_looks_like_a_gated_mlp_is_left_alone(kind):
     mlp = kind(Sizes("silu"))
     assert not is_gated_mlp(mlp)
