@@ -14,6 +14,8 @@ from qlora_dpo import QLoRADPOTrainer, kernels, load_policy, score_completions
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.kernels import FLASH_ATTN, FLEX, VARLEN, Case, Recipe, by_segment, choose
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
+from qlora_dpo.lean import use_lean_layers
+from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.offload import activations_moved
 from qlora_dpo.proof import prove_layout
 from qlora_dpo.recompute import checkpoint_activations
@@ -291,6 +293,19 @@ def test_a_training_with_ligers_layers_starts_at_its_reference_on_the_gpu(base_f
     trainer = QLoRADPOTrainer(load_policy(base_folder), args=args, train_dataset=Dataset.from_list(CHAT_ROWS))
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+def test_lean_layers_compute_what_the_models_own_do_on_the_gpu(base_folder):
+    policy = random_policy(base_folder)
+    batch = to_device(make_batch(GROUPS, "tree"), "cuda")
+    with torch.no_grad():
+        own = score_batch(policy, batch)["logps"]
+    grad = gradient(policy)
+    assert use_fast_lora(policy) > 0
+    assert use_lean_layers(policy) > 0
+    with torch.no_grad():
+        assert (score_batch(policy, batch)["logps"] - own).abs().max() < 0.1
+    assert (gradient(policy) - grad).norm() < 0.05 * grad.norm()
 
 
 def test_the_paged_eight_bit_optimizer_trains_on_the_gpu(base_folder, make_args):
