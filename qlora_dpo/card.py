@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora_dpo.cardtext import data_in_words, escaped, introduction, is_id, loading, shown, table, trained
 from qlora_dpo.measures import Estimate, PreferenceReport
+from qlora_dpo.paths import EVALUATIONS
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter, weights_hash
 from qlora_dpo.report import PICTURES, STATE_NAME, curve_charts, picture_name, write_pictures
 
@@ -51,6 +52,11 @@ class Judged:
     def name(self) -> str:
         """What to call the data."""
         return str(self.origin["name"])
+
+    @property
+    def data(self) -> tuple[Any, ...]:
+        """Two evaluations of the same data are one result."""
+        return self.name, self.origin.get("config"), self.origin.get("split"), self.found["pairs"]
 
 
 def write_card(
@@ -170,20 +176,24 @@ def _report(folder: Path) -> PreferenceReport | None:
 
 
 def _evaluations(folder: Path, record: AdapterRecord) -> list[Judged]:
-    """What is known of these very weights: the evaluations of the training, and the last of `qlora-dpo evaluate`."""
+    """What is known of these very weights: the evaluations of the training, and those of `qlora-dpo evaluate`."""
     after, judged = _report(folder / "evaluation" / "after"), []
     for name, found in record.evaluations.items():
         same = after is not None and (after.accuracy.value, after.pairs) == (found["accuracy"]["value"], found["pairs"])
         label = "unnamed data" if name == "eval" else name.removeprefix("eval_")
         origin = {"name": label} | record.datasets.get(name, {})
         judged.append(Judged(origin, found, after if same else None))
-    later, metrics = _report(folder / "evaluation"), _read(folder / "evaluation" / "metrics.json")
-    if later is not None and metrics.get("adapter_sha256") == weights_hash(str(folder)):
-        found = {"pairs": later.pairs, "groups": later.groups, "ties": later.ties, "margin": later.margin.mean}
-        found["accuracy"] = dict(vars(later.accuracy))
-        origin = metrics.get("data") or {"name": shown(later.name)}
-        judged = [one for one in judged if (one.name, one.found["pairs"]) != (origin.get("name"), later.pairs)]
-        judged.append(Judged(origin, found, later))
+    later = sorted((folder / EVALUATIONS).glob("*/metrics.json"))
+    weights = weights_hash(str(folder)) if later else None
+    for path in later:
+        report, metrics = _report(path.parent), _read(path)
+        if report is None or metrics.get("adapter_sha256") != weights:
+            continue
+        found = {"pairs": report.pairs, "groups": report.groups, "ties": report.ties, "margin": report.margin.mean}
+        found["accuracy"] = dict(vars(report.accuracy))
+        origin = metrics.get("data") or {"name": shown(report.name)}
+        latest = Judged(origin, found, report)
+        judged = [*(one for one in judged if one.data != latest.data), latest]
     return judged
 
 

@@ -6,6 +6,7 @@ Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config fil
 import argparse
 import gc
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -30,7 +31,7 @@ from qlora_dpo.merge import merge_adapter
 from qlora_dpo.model import load_policy, load_tokenizer
 from qlora_dpo.options import DataArguments, ModelArguments, chosen_policy
 from qlora_dpo.parsing import parse
-from qlora_dpo.paths import UNKNOWN, saved_adapter
+from qlora_dpo.paths import EVALUATIONS, UNKNOWN, saved_adapter
 from qlora_dpo.record import (
     read_record,
     recorded_options,
@@ -150,13 +151,21 @@ def _section_scores(trainer: QLoRADPOTrainer) -> dict[str, float]:
     return section_scores(margins, [subsets[row] for row in pairs.rows().tolist()])
 
 
+def _evaluation_folder(asked: EvaluationArguments) -> str:
+    """A folder for each data set and split, beside the adapter, or here for one on the Hub."""
+    adapter, data = Path(asked.adapter), Path(asked.dataset_name).expanduser()
+    split = None if asked.dataset_test_split == "train" else asked.dataset_test_split  # which all files have
+    names = data.stem if data.exists() else asked.dataset_name, asked.dataset_config, split
+    folder = "-".join(re.sub(r"[^\w.:]+", "-", name).strip("-").replace(":", "_") for name in names if name)
+    return str((adapter if adapter.is_dir() else Path(adapter.name)) / EVALUATIONS / folder)
+
+
 def evaluate(words: Sequence[str]) -> None:
     """`qlora-dpo evaluate`: a saved adapter, as its record says."""
     classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
-    adapter = parse(classes, words, program, unused=TRAINING_ONLY)[0].adapter  # whose record sets the other defaults
-    record = read_record(adapter)
-    folder = Path(adapter if Path(adapter).is_dir() else adapter.split("/")[-1], "evaluation")
-    defaults = recorded_options(record, given=False) | {"output_dir": str(folder)}
+    asked = parse(classes, words, program, unused=TRAINING_ONLY)[0]  # the adapter's record sets the other defaults
+    adapter, record = asked.adapter, read_record(asked.adapter)
+    defaults = recorded_options(record, given=False) | {"output_dir": _evaluation_folder(asked)}
     chosen, args = parse(classes, words, program, defaults, TRAINING_ONLY)
     rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
     if chosen.benchmark not in (None, "rewardbench"):

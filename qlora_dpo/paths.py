@@ -12,6 +12,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 RECORD_NAME = "qlora_dpo.json"
+EVALUATIONS = "evaluations"
+"""Folder beside an adapter with a folder for each data set that it was evaluated on later."""
 UNKNOWN = "unknown"
 """What a record says of an adapter or a reference that was in memory only."""
 TOKENIZER_FILES = (

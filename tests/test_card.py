@@ -375,10 +375,14 @@ def test_the_card_of_the_best_weights_has_their_evaluation(base_folder, tokenize
 
 def test_a_later_evaluation_joins_the_card_if_it_is_of_these_weights(adapter, run):
     rows = run.parent / "secret-place" / "rows.jsonl"
-    words = ["evaluate", "--adapter", str(adapter), "--dataset_name", str(rows), "--dataset_test_split", "train[:6]"]
-    assert main([*words, "--report_to", "none", "--disable_tqdm", "true"]) == 0
+    for split in ("train[:6]", "train[6:]"):
+        words = ["evaluate", "--adapter", str(adapter), "--dataset_name", str(rows), "--dataset_test_split", split]
+        assert main([*words, "--report_to", "none", "--disable_tqdm", "true"]) == 0
+    folders = {folder.name for folder in (adapter / "evaluations").iterdir()}
+    assert folders == {"rows-train-_6", "rows-train-6_"}
     write_card(str(adapter))
-    assert "| rows.jsonl train[:6] | 6 |" in text_of(adapter)
+    for split in ("train[:6]", "train[6:]"):
+        assert f"| rows.jsonl {split} | 6 |" in text_of(adapter)
     assert "secret-place" not in text_of(adapter)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")

@@ -94,7 +94,8 @@ def test_evaluate_uses_the_beta_of_the_adapter_unless_told(base_folder, rows_fil
     margins = []
     for more in ([], ["--beta", "1.0"]):
         assert main([*words, *more]) == 0
-        margins.append(json.loads((run / "evaluation" / "metrics.json").read_text())["eval_rewards/margins"])
+        found = json.loads((run / "evaluations" / "rows" / "metrics.json").read_text())
+        margins.append(found["eval_rewards/margins"])
     assert margins[1] == pytest.approx(2 * margins[0], rel=1e-6)
 
 
@@ -417,7 +418,8 @@ def trained_in(folder, base_folder, rows_file, *words):
 def evaluated(adapter, rows_file, *words):
     split = ["--dataset_test_split", "train[8:]"]
     assert main(["evaluate", "--adapter", adapter, "--dataset_name", rows_file, *split, *QUIET, *words]) == 0
-    return json.loads(Path(adapter, "evaluation", "metrics.json").read_text())
+    folder = Path(adapter, "evaluations", f"{Path(rows_file).stem}-train-8_")
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def test_an_adapter_that_was_continued_is_evaluated_against_its_start(base_folder, rows_file, tmp_path, capsys):

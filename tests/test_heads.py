@@ -253,7 +253,7 @@ def test_evaluate_and_score_load_the_head_as_it_was_in_training(base_folder, row
     assert main(["evaluate", "--adapter", str(run), "--dataset_name", rows_file, "--report_to", "none"]) == 0
     assert heads == [Linear4bit]
     before = json.loads((run / "metrics.json").read_text())["after"]
-    after = json.loads((run / "evaluation" / "metrics.json").read_text())
+    after = json.loads((run / "evaluations" / Path(rows_file).stem / "metrics.json").read_text())
     for key in ("eval_rewards/margins", "eval_logps/chosen", "eval_loss"):
         assert after[key] == pytest.approx(before[key], rel=1e-6), key
     scorer = load_scorer(str(run))
