@@ -288,14 +288,14 @@ def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]
     if packed:
         chunk, vocabulary = tile_shape(shape.hidden, shape.vocabulary, options.logps_chunk_size, c)
     chunk = min(chunk, options.scored)
-    # In fp32, of a strip, the logits (unless the tile is) and their exponentials; three where they are soft-capped.
+    # In fp32, of a strip: the logits (unless the tile is), as they are capped, and for the entropy their exponentials.
     strips = FP32 * vocabulary * min(strip_length(vocabulary, options.device), chunk)
     return {
         "last hidden states": states + before_norm,
         "scored hidden states": rows * c,
         "unit gradient": (rows + chunk * shape.hidden) * (c + FP32 * packed) * trained,
         "logit tiles": vocabulary * chunk * c,
-        "logit strips": strips * (3 if shape.softcap else 2 - (c == FP32)),
+        "logit strips": strips * ((2 if shape.softcap else 1 - (c == FP32)) + trained),
         "dequantised head": (vocabulary * shape.hidden * c + shape.vocabulary * shape.hidden // 64 * FP32) * packed,
     }
 

@@ -16,7 +16,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_bloc
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qlora_dpo.logits import TILE_POSITIONS, LogitRule, chunk_length, strip_length, widen
+from qlora_dpo.logits import TILE_POSITIONS, LogitRule, chunk_length, strip_length, top_token, widen
 
 PIECE_ELEMENTS, STATE_ELEMENTS = 2**24, 2**22
 """Weights of the head that are dequantised at a time, 32 MiB in 16 bit; hidden states of a tile of positions."""
@@ -139,7 +139,7 @@ class _Sums:
         if "mean_logits" in self.statistics:
             self.plain[rows] += logits.sum(-1, keepdim=True)
         if "is_top1" in self.statistics:
-            self.best[rows] = torch.where((highest > before)[:, 0], logits.argmax(-1) + first, self.best[rows])
+            self.best[rows] = torch.where((highest > before)[:, 0], top_token(logits) + first, self.best[rows])
         top = torch.maximum(before, highest)
         shrink = torch.exp(before - top)
         weights = (logits - top).exp_()

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qlora_dpo.four_bit_head import by_pieces, four_bit_head_scores, has_plain_rows
-from qlora_dpo.logits import LogitRule, chunk_length, strip_length, widen
+from qlora_dpo.logits import LogitRule, chunk_length, strip_length, top_token, widen
 
 STATISTICS = ("entropy", "mean_logits", "is_top1")
 """Per-token statistics that are logged, read off the tiles beside the log-probability."""
@@ -28,6 +29,9 @@ def tile_scores(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Scores of one tile, which is used up: a pass over new memory costs more than arithmetic.
 
+    Softmax is the fastest way to exponentials, one pass on a CPU. It divides them by a sum that loses many small terms
+    beside a large one; what they add up to afterwards is free of that.
+
     Args:
         logits: `(n, V)` fp32 or wider; overwritten.
         targets: `(n,)` token ids.
@@ -35,25 +39,24 @@ def tile_scores(
             token) and `log_sum_sq_probs`, the log of the sum of squared probabilities.
 
     Returns:
-        `token_logps` in nats and the statistics, each `(n,)`; `(n, V)` exponentials, which are the probabilities times
-        their `(n, 1)` sum; that sum.
+        `token_logps` in nats and the statistics, each `(n,)`; `(n, V)` probabilities times their `(n, 1)` sum, which is
+        close to 1; that sum.
     """
     found: dict[str, Tensor] = {}
     if "mean_logits" in statistics:
         found["mean_logits"] = logits.mean(-1)
     if "is_top1" in statistics:
-        found["is_top1"] = (logits.argmax(-1) == targets).to(logits.dtype)
-    logits -= logits.amax(-1, keepdim=True)
-    weights = torch.exp(logits)
+        found["is_top1"] = (top_token(logits) == targets).to(logits.dtype)
+    chosen, top = logits.gather(-1, targets[:, None]), logits.amax(-1, keepdim=True)
+    weights = torch.softmax(logits, -1, out=None if "entropy" in statistics else logits)
     total = weights.sum(-1, keepdim=True)
-    normaliser = torch.log(total)
-    logps = (logits.gather(-1, targets[:, None]) - normaliser)[:, 0]
+    normaliser = torch.log(total / weights.amax(-1, keepdim=True))  # the top token's exponential was 1
+    found["token_logps"] = (chosen - top - normaliser)[:, 0]
     if "entropy" in statistics:
-        found["entropy"] = normaliser[:, 0] - logits.mul_(weights).sum(-1) / total[:, 0]
+        found["entropy"] = (normaliser + top)[:, 0] - logits.mul_(weights).sum(-1) / total[:, 0]
     if "log_sum_sq_probs" in statistics:
-        squares = torch.mul(weights, weights, out=logits).sum(-1)
-        found["log_sum_sq_probs"] = torch.log(squares) - 2 * normaliser[:, 0]
-    return {"token_logps": logps} | {name: found[name] for name in statistics}, weights, total
+        found["log_sum_sq_probs"] = torch.log((weights / total).square_().sum(-1))
+    return {name: found[name] for name in ("token_logps", *statistics)}, weights, total
 
 
 Find = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
@@ -173,6 +176,29 @@ def frozen_head_token_scores(
     return dict(zip(("token_logps", *statistics), _FrozenHead.apply(hidden, find), strict=True))
 
 
+class _AnyHead(torch.autograd.Function):
+    """`tile_scores` of logits that autograd goes on from, to the last bit those of a frozen head.
+
+    So policy and reference agree exactly where they are the same, whichever of their heads is trained.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, statistics: Sequence[str]) -> tuple[Tensor, ...]:
+        scores, weights, total = tile_scores(logits.clone(), targets, statistics)
+        ctx.save_for_backward(weights, total, targets)
+        outputs = tuple(scores.values())
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        """d logp[y] / d logits[v] = (v = y) - p[v]."""
+        weights, total, targets = ctx.saved_tensors
+        slope = upstream[0][:, None]
+        return (weights * (-slope / total)).scatter_add_(-1, targets[:, None], slope), None, None
+
+
 def any_head_token_scores(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
@@ -185,13 +211,8 @@ def any_head_token_scores(
     """The same as `frozen_head_token_scores` for any head module, by recomputing each tile in the backward pass."""
 
     def score(rows: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        logits = rule.apply(widen(head(rows)))
-        found = {"token_logps": torch.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]}
-        if statistics:
-            with torch.no_grad():
-                scores, _, _ = tile_scores(logits.clone(), ids, statistics)
-                found |= {name: scores[name] for name in statistics}
-        return found
+        found = _AnyHead.apply(rule.apply(widen(head(rows))), ids, statistics)
+        return dict(zip(("token_logps", *statistics), found, strict=True))
 
     chunk = chunk_length(vocabulary, chunk_size, width=4)
     pieces = []

@@ -34,7 +34,7 @@ class KeepGradients(TrainerCallback):
 
 
 def one_step(rows=RANKED, steps=1, columns=None, lora_dropout=0.0, **options):
-    """Gradients and log lines of some optimizer steps of a policy that is not at its reference, in fp32."""
+    """Gradients and log lines of some optimizer steps of a policy in fp64 that is not at its reference."""
     tokenizer = build_chat_tokenizer()
     torch.manual_seed(1)
     lora = LoraConfig(
@@ -44,7 +44,7 @@ def one_step(rows=RANKED, steps=1, columns=None, lora_dropout=0.0, **options):
         init_lora_weights=False,
         lora_dropout=lora_dropout,
     )
-    policy = get_peft_model(build_tiny_llama(tokenizer), lora)
+    policy = get_peft_model(build_tiny_llama(tokenizer), lora).double()
     rows = [row | {name: values[i] for name, values in (columns or {}).items()} for i, row in enumerate(rows)]
     keep = KeepGradients()
     with tempfile.TemporaryDirectory() as folder:

@@ -49,11 +49,12 @@ def of(objective, groups=8):
     return options
 
 
-def assert_same(found, expected, tolerance=1e-6):
+def assert_same(found, expected):
+    """The model is in fp64; a cache of the reference and what processes tell each other is in fp32."""
     (gradients, log), (other_gradients, other_log) = found, expected
     assert len(gradients) == len(other_gradients)
     for mine, other in zip(gradients, other_gradients, strict=True):
-        assert (mine - other).norm() < tolerance * other.norm()
+        assert (mine - other).norm() < 2e-7 * other.norm()
         assert other.norm() > 1e-3
     for line, other in zip(log, other_log, strict=True):
         for key in ("loss", "rewards/margins", "logps/chosen", "entropy", "num_tokens"):
@@ -81,7 +82,7 @@ def test_a_token_budget_changes_neither_loss_nor_gradient(objective, budget, rec
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_token_budget_holds_in_every_layout(layout):
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_tokens_per_forward": 90}
-    assert_same(one_step(batch_layout=layout, **options), whole("sigmoid"), tolerance=1e-5)
+    assert_same(one_step(batch_layout=layout, **options), whole("sigmoid"))
 
 
 def test_dropout_falls_alike_in_both_stages(monkeypatch):
