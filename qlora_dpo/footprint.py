@@ -218,15 +218,20 @@ def _attention_work(shape: Shape, options: MemoryOptions) -> int:
     """Bytes that attention's backward pass takes beside what was kept for it.
 
     The gradients of its output and of the queries; those of the keys and values, repeated and gathered as these are.
-    `blockwise` has queries and the output's gradient once more, keys and values and their gradients three times each,
-    and a block's weights and their gradients.
+    `blockwise` has queries and the output's gradient once more, keys and values three times in all, their gradients
+    twice, in fp32 the second time, and a block's weights and their gradients.
     """
     if not _attends_blockwise(options):
         return options.tokens * (2 + 2 * GATHERED) * shape.query * options.width
-    numbers = options.tokens * (4 * shape.query + 8 * shape.key_value)
+    numbers = options.tokens * (4 * shape.query + 6 * shape.key_value)
+    sums = options.tokens * 2 * shape.key_value * FP32
+    return (numbers + 2 * _block_weights(shape, options)) * options.width + sums
+
+
+def _block_weights(shape: Shape, options: MemoryOptions) -> int:
+    """Weights of the largest block of `blockwise`, of all heads."""
     heads = shape.query // shape.head_dim
-    weights = min(MOST_WEIGHTS, heads * min(MOST_QUERIES, options.tokens) * options.tokens)
-    return (numbers + 2 * weights) * options.width
+    return min(MOST_WEIGHTS, heads * min(MOST_QUERIES, options.tokens) * options.tokens)
 
 
 def _lean_mlp(shape: Shape, options: MemoryOptions) -> bool:
@@ -258,20 +263,22 @@ def _largest_weight(shape: Shape, options: MemoryOptions) -> int:
 
 
 def _reference_layer(shape: Shape, options: MemoryOptions) -> dict[str, int]:
-    """The reference in a layer, without graph: hidden states, and the MLP.
+    """The reference in a layer, without graph: hidden states, and the MLP or, on a CPU, attention.
 
     The caller's frames hold the embedded tokens and the layer's input, beside its middle and the norm of that. In the
     MLP either activation, up and product are there (one less without a gate), or what goes into a linear layer, what
-    comes out of it and its dequantised weight.
+    comes out of it and its dequantised weight. In `blockwise` there are queries, keys, values and output, keys in fp32
+    and values once more, and a block's scores in fp32 and weights.
     """
     c, t = options.width, options.tokens
     inner = t * shape.intermediate * c
     gated = shape.expanded > shape.intermediate
     weight = _largest_weight(shape, options)
-    return {
-        "hidden states": t * (4 * shape.hidden + 2 * shape.head_dim) * c,
-        "MLP": max((2 + gated) * inner, (1 + gated) * inner + weight),
-    }
+    moments = [{"MLP": max((2 + gated) * inner, (1 + gated) * inner + weight)}]
+    if _attends_blockwise(options):
+        rows = t * (2 * shape.query * c + shape.key_value * (3 * c + FP32))
+        moments.append({"attention": rows + _block_weights(shape, options) * (FP32 + c * (c < FP32))})
+    return {"hidden states": t * (4 * shape.hidden + 2 * shape.head_dim) * c, **max(moments, key=_total)}
 
 
 def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]:

@@ -22,11 +22,13 @@ from bench_vs_trl import OURS, Work, build_trainer, choose_rows, load_model, sur
 from torch.profiler import ProfilerActivity, profile
 
 PARTS = {
-    "attention": ("scaled_dot_product", "flash_attention", "softmax_backward", "aten::_softmax"),
+    "attention": ("scaled_dot_product", "flash_attention"),
     "dequantisation": ("dequantize",),
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn_linear"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "mkldnn_linear"),
     "casts and copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::_to_copy", "aten::index"),
-    "exponentials and reductions": ("aten::exp", "aten::sum", "aten::amax", "aten::argmax", "aten::mean", "aten::max"),
+    "exponentials and reductions": tuple(
+        "softmax aten::exp aten::sum aten::amax aten::argmax aten::mean aten::max".split()
+    ),
 }
 """Parts by the beginnings or pieces of operators' names, the first that matches; others are elementwise."""
 

@@ -38,10 +38,11 @@ def value_and_gradients(run, segments, recipe, *inputs):
 @pytest.mark.parametrize("layout", ["tree", "packed"])
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 1000])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
-@pytest.mark.parametrize("queries", [1, 3, 256])
-def test_blocks_equal_the_segments_one_by_one(monkeypatch, layout, window, heads, kv_heads, queries):
-    """Values and gradients in fp64 to 1e-11: block edges, prefixes, windows, heads and scale."""
+@pytest.mark.parametrize(("queries", "grain"), [(1, 1), (3, 1), (3, 3), (8, 4), (256, 32)])
+def test_blocks_equal_the_segments_one_by_one(monkeypatch, layout, window, heads, kv_heads, queries, grain):
+    """Values and gradients in fp64 to 1e-11: block edges, filling, prefixes, windows, heads and scale."""
     monkeypatch.setattr(blockwise, "MOST_QUERIES", queries)
+    monkeypatch.setattr(blockwise, "GRAIN", grain)
     for seed in range(2):
         segments = make_batch(random_groups(seed), layout)["segments"]
         recipe = Recipe(scale=None if seed else 0.7, window=window)
@@ -101,16 +102,25 @@ def test_of_a_fused_projection_only_the_slices_are_kept():
 
 
 def test_blocks_of_many_weights_have_fewer_queries():
-    """32 heads x 8,192 keys leave 32 queries of 2^23 weights; more heads or keys no fewer than 16."""
+    """32 heads x 2,048 keys leave 64 queries of 2^22 weights; more heads or keys no fewer than the grain."""
     sizes = {
-        heads: {b.last - b.first for b in blockwise._blocks(Segment(0, 8192), heads, None)} for heads in (1, 32, 999)
+        heads: {b.last - b.first for b in blockwise._blocks(Segment(0, 2048), heads, None)} for heads in (1, 32, 999)
     }
-    assert sizes == {1: {256}, 32: {32}, 999: {16}}
+    assert sizes == {1: {256}, 32: {64}, 999: {blockwise.GRAIN}}
 
 
 def test_keys_that_no_query_of_a_block_sees_are_left_out():
     blocks = list(blockwise._blocks(Segment(100, 512, 0, 50), 1, 60))
-    assert [(b.oldest, b.newest) for b in blocks] == [(0, 306), (247, 562)]
+    assert [(b.oldest, b.oldest + b.keys) for b in blocks] == [(0, 320), (247, 567)]
+    assert blockwise._full(306) == 320
+    assert blockwise._full(562 - 247) == 567 - 247
+
+
+def test_products_have_few_shapes():
+    """Products of a new shape are compiled: one-by-one lengths would make hundreds."""
+    shapes = {(b.queries, b.keys) for n in range(1, 600) for b in blockwise._blocks(Segment(100, n, 0, 100), 8, None)}
+    assert len(shapes) <= 40
+    assert all(size % blockwise.GRAIN == 0 for shape in shapes for size in shape)
 
 
 def test_this_machine_attends_by_blocks_where_it_multiplies_fast():
