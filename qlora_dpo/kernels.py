@@ -242,7 +242,7 @@ def _capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
 
 
 def by_block(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Recipe) -> Tensor:
-    """PyTorch's flash attention for CPUs, a block of queries at a time, with a backward of matrix products."""
+    """Matrix products and softmax, a block of queries at a time."""
     return blockwise_attention(query, key, value, plan.segments, recipe.scale, recipe.window)
 
 
