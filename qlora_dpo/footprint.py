@@ -278,7 +278,8 @@ def _reference_layer(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     if _attends_blockwise(options):
         rows = t * (2 * shape.query * c + shape.key_value * (3 * c + FP32))
         moments.append({"attention": rows + _block_weights(shape, options) * (FP32 + c * (c < FP32))})
-    return {"hidden states": t * (4 * shape.hidden + 2 * shape.head_dim) * c, **max(moments, key=_total)}
+    fullest = max(moments, key=_total)
+    return {"hidden states": t * (4 * shape.hidden + 2 * shape.head_dim) * c} | fullest
 
 
 def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]:
