@@ -130,7 +130,7 @@ def test_the_profile_accounts_for_every_second_of_a_step(base_folder, tmp_path, 
     assert 0 < found["share_of_peak_in_step"] < found["share_of_peak_in_products"]
     assert len(found["unique_tokens"]) == 2
     printed = capsys.readouterr().out
-    for part in (*profile.PARTS, "elementwise"):
+    for part in {*profile.PARTS, "elementwise"} - {"attention"}:  # which is products and softmax on a CPU
         assert found["seconds"][part] > 0
         assert f"| {part} |" in printed
 
