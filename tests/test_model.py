@@ -147,7 +147,7 @@ def test_layouts_agree_on_a_four_bit_base(base_folder):
     logps, grad = found["padded"]
     for layout in ("tree", "packed"):
         assert (found[layout][0] - logps).abs().max() < 5e-5
-        assert (found[layout][1] - grad).norm() < 1e-5 * grad.norm()
+        assert (found[layout][1] - grad).norm() < 2e-6 * grad.norm()
         for mine, padded, truth in zip(rounded[layout], rounded["padded"], found["padded"], strict=True):
             assert 0 < (mine - truth).norm() < 1.1 * (padded - truth).norm()
 
