@@ -136,11 +136,16 @@ def shape_of(config_or_name: PreTrainedConfig | str) -> Shape:
     return _named_shape(config_or_name)
 
 
+def built_in_config(name: str) -> PreTrainedConfig:
+    """The config of a model in `BUILT_IN`: its sizes, and all else as the family's default has it."""
+    kind, sizes = _BUILT_IN[name.lower()]
+    return getattr(transformers, kind)(**dict(zip(_COLUMNS, sizes, strict=True)), pad_token_id=0)
+
+
 @functools.lru_cache(maxsize=32)
 def _named_shape(name: str) -> Shape:
     if name.lower() in _BUILT_IN:
-        kind, sizes = _BUILT_IN[name.lower()]
-        return _shape(getattr(transformers, kind)(**dict(zip(_COLUMNS, sizes, strict=True)), pad_token_id=0), name)
+        return _shape(built_in_config(name), name)
     try:
         config = AutoConfig.from_pretrained(check_path(name, "model"))
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
 """Builds a 4-bit model of random weights in the shape of a real one, a layer at a time, to measure memory and speed.
 
-    python scripts/make_shape.py --config CONFIG_FOLDER_OR_ID --tokenizer TOKENIZER_FOLDER_OR_ID --output_dir DIR
+    python scripts/make_shape.py --config llama-3.1-8b --tokenizer TOKENIZER_FOLDER_OR_ID --output_dir DIR
 
-Every linear layer but the head is in NF4 with double quantisation, embeddings, norms and head in bf16, as `load_policy`
+The config is a folder, a Hub id or a name that `qlora-dpo plan --list` shows. Every linear layer but the head is in NF4 with double quantisation, embeddings, norms and head in bf16, as `load_policy`
 would have it; `from_pretrained` loads the folder as it is. Disk and memory stay near half a byte a weight. The weights
 are drawn small enough that activations stay finite; the text such a model writes is noise.
 """
@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+
+from qlora_dpo.shapes import BUILT_IN, built_in_config
 
 SHARD_BYTES = 2**32
 STD = 0.02
@@ -24,11 +26,11 @@ STD = 0.02
 
 def quantised(layer: nn.Linear, prefix: str, device: str) -> dict[str, Tensor]:
     """Tensors of a linear layer of random weights in NF4, as `save_pretrained` names them."""
-    new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
+    # On the meta device, as its own random weights would be drawn on the CPU and thrown away.
+    new = Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4", device="meta")
     weights = torch.randn(layer.out_features, layer.in_features, device=device, dtype=torch.bfloat16) * STD
-    bias = {} if layer.bias is None else {"bias": torch.zeros(layer.out_features, dtype=torch.bfloat16)}
-    new.load_state_dict({"weight": weights.cpu(), **bias})
-    state = new.to(device).state_dict()
+    new.weight = Params4bit(weights, requires_grad=False, quant_type="nf4", module=new).to(device)
+    state = new.state_dict() | ({} if layer.bias is None else {"bias": torch.zeros(layer.out_features).bfloat16()})
     return {f"{prefix}.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -84,11 +86,11 @@ def build(config: PreTrainedConfig, folder: Path, device: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="folder or id whose config.json gives the shape")
+    parser.add_argument("--config", required=True, help="built-in name, or folder or id with a config.json")
     parser.add_argument("--tokenizer", required=True, help="folder or id of a tokenizer whose ids the vocabulary holds")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    config = AutoConfig.from_pretrained(args.config)
+    config = built_in_config(args.config) if args.config in BUILT_IN else AutoConfig.from_pretrained(args.config)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

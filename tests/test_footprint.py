@@ -61,20 +61,25 @@ FAMILIES = {
 }
 
 
-def trainer_of(config, folder, dtype=torch.float32, **options):
-    """A trainer of a random model on a 4-bit base, optimizer state and gradients in place as after a step."""
+def random_model(config, folder):
+    """A folder with a model of random weights."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def trainer_on(model, folder, dtype, optim="adamw_torch", **options):
+    """A trainer of a model on a 4-bit base, optimizer state and gradients in place as after a step."""
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     policy = load_policy(
-        str(folder),
+        str(model),
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         quantization_config=BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype),
         dtype=dtype,
         **options,
     )
-    bf16 = dtype is torch.bfloat16
-    args = QLoRADPOConfig(output_dir=str(folder), bf16=bf16, use_cpu=True, report_to=[], disable_tqdm=True)
+    bf16, on_cpu = dtype is torch.bfloat16, policy.device.type == "cpu"
+    quiet = {"report_to": [], "disable_tqdm": True}
+    args = QLoRADPOConfig(output_dir=str(folder), bf16=bf16, use_cpu=on_cpu, optim=optim, **quiet)
     rows, tokenizer = Dataset.from_list(CHAT_ROWS), build_chat_tokenizer()
     trainer = QLoRADPOTrainer(policy, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)  # computes in bf16 where asked to
@@ -83,6 +88,12 @@ def trainer_of(config, folder, dtype=torch.float32, **options):
             parameter.grad = torch.zeros_like(parameter)
     trainer.create_optimizer().step()
     return trainer
+
+
+def trainer_of(config, folder, dtype=torch.float32, **options):
+    """The same of a random model."""
+    random_model(config, folder)
+    return trainer_on(folder, folder, dtype, **options)
 
 
 def batch_of(tokens, vocabulary):

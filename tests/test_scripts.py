@@ -45,15 +45,20 @@ def test_a_shape_is_a_four_bit_model_that_loads(name, tokenizer, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_every_rung_of_the_memory_ladder_is_foretold(tmp_path, monkeypatch):
+def test_every_rung_of_the_memory_ladder_is_foretold(tmp_path, monkeypatch, capsys):
     output = tmp_path / "ladder.json"
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.setattr(sys, "argv", ["memory_ladder.py", "--tokens", "1024", "--output", str(output)])
+    words = ["--tokens", "512", "1024", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["memory_ladder.py", *words])
     runpy.run_path(str(SCRIPTS / "memory_ladder.py"), run_name="__main__")
     rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == 7
+    assert [row["tokens"] for row in rows] == [512] * 7 + [1024] * 7
     for row in rows:
-        assert row["plan_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1), row["option"]
-    sizes = {row["option"]: row["measured_bytes"] for row in rows}
+        assert row["peak_plan_over_measured"] == pytest.approx(1, abs=0.1), row["option"]
+        assert row["planned_held_bytes"] == pytest.approx(row["held_bytes"], rel=1e-3), row["option"]
+        if row["tokens"] == 1024:
+            assert row["planned_step_bytes"] == pytest.approx(row["step_bytes"], rel=0.1), row["option"]
+    sizes = {row["option"]: row["step_bytes"] for row in rows if row["tokens"] == 1024}
     assert sizes["no checkpointing"] > sizes["keep_layers=4"] > sizes["gradient_checkpointing"]
     assert sizes["gradient_checkpointing"] > sizes["and max_tokens_per_forward=512"]
+    assert "| gradient_checkpointing | 1,024 |" in capsys.readouterr().out
