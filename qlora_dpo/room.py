@@ -29,12 +29,17 @@ CONTAINER_FILES = (
 
 
 def card_memory(device: torch.device) -> int | None:
-    """Bytes that this process has and can get on a GPU, less a margin; None elsewhere."""
+    """Bytes that this process has and can get on a GPU, less a margin; None elsewhere.
+
+    Where PyTorch is held to a share of the card (`torch.cuda.set_per_process_memory_fraction`), that is all it can get.
+    """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    mine = torch.cuda.memory_reserved(device) + MemoryOptions().device_context_bytes  # both count in a plan
-    return int((1 - MARGIN) * (free + mine))
+    free, total = torch.cuda.mem_get_info(device)
+    mine = torch.cuda.memory_reserved(device)
+    share = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    context = MemoryOptions().device_context_bytes  # which counts in a plan, as does what is mine
+    return int((1 - MARGIN) * (min(free + mine, share) + context))
 
 
 def host_memory() -> int:

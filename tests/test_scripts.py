@@ -1,5 +1,6 @@
 """The developer scripts that build what measurements need."""
 
+import importlib
 import json
 import runpy
 import sys
@@ -11,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 from qlora_dpo import load_policy
+from qlora_dpo.memory import GIB
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -44,6 +46,54 @@ def test_a_shape_is_a_four_bit_model_that_loads(name, tokenizer, tmp_path, monke
     assert set(written.values()) == {path.name for path in Path(made).glob("*.safetensors")}
 
 
+@pytest.fixture
+def capped_run(monkeypatch):
+    """The script as a module, on a GPU of 10 GiB of which this process's context takes one."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("capped_run")
+    shares = []
+    gpu = {
+        "is_available": lambda: True,
+        "mem_get_info": lambda: (9 * GIB, 10 * GIB),
+        "set_per_process_memory_fraction": shares.append,
+        "get_device_name": lambda: "a card",
+        **{name: lambda: 3 * GIB for name in ("max_memory_allocated", "max_memory_reserved")},
+        "memory_reserved": lambda: 0,
+    }
+    for name, value in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "zeros", lambda shape, device: torch.empty(shape))
+    return module, shares
+
+
+def test_a_capped_run_leaves_the_context_its_place_and_keeps_the_log(capped_run, tmp_path, monkeypatch, capsys):
+    module, shares = capped_run
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"loss": 0.5}]}')
+    ran = []
+    monkeypatch.setattr(module, "qlora_dpo", lambda words: ran.append(words) or 3)
+    output, command = tmp_path / "capped.json", ["train", "--output_dir", str(tmp_path)]
+    assert module.main(["--gpu", "8GB", "--output", str(output), "--", *command]) == 3
+    assert (ran, shares) == ([command], [0.7])
+    found = json.loads(output.read_text())
+    assert (found["status"], found["taken_bytes"], found["log"]) == (3, 4 * GIB, [{"loss": 0.5}])
+    assert "4.00 of 8.00 GiB taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["1GB", "11GB"])
+def test_a_cap_that_is_none_is_refused(capped_run, size):
+    module, _ = capped_run
+    with pytest.raises(ValueError, match=r"must lie between 1\.00 and 10\.00 GiB"):
+        module.main(["--gpu", size, "--", "train"])
+
+
+def test_a_cap_needs_a_gpu(capped_run, monkeypatch, capsys):
+    module, _ = capped_run
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        module.main(["--gpu", "8GB", "--", "train"])
+    assert "no GPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_every_rung_of_the_memory_ladder_is_foretold(tmp_path, monkeypatch, capsys):
     output = tmp_path / "ladder.json"
@@ -55,7 +105,7 @@ def test_every_rung_of_the_memory_ladder_is_foretold(tmp_path, monkeypatch, caps
     assert [row["tokens"] for row in rows] == [512] * 7 + [1024] * 7
     for row in rows:
         assert row["peak_plan_over_measured"] == pytest.approx(1, abs=0.1), row["option"]
-        assert row["planned_held_bytes"] == pytest.approx(row["held_bytes"], rel=1e-3), row["option"]
+        assert row["planned_held_bytes"] == pytest.approx(row["held_bytes"], rel=5e-3), row["option"]
         if row["tokens"] == 1024:
             assert row["planned_step_bytes"] == pytest.approx(row["step_bytes"], rel=0.1), row["option"]
     sizes = {row["option"]: row["step_bytes"] for row in rows if row["tokens"] == 1024}
