@@ -8,6 +8,8 @@ one step to warm up, which is not timed.
 
 - TRL turns the adapters of a 4-bit model into bf16. The compared runs give it back the fp32 weights that ours starts
   with, so that losses can be compared; `--as_is_repeats` more runs for each setting leave TRL as its users run it.
+- `--unsloth` runs Unsloth beside them, where it is installed: its model and adapter, the DPOTrainer that it patches.
+  It starts from the same fp32 weights as TRL.
 - A step is timed from the end of the one before to its own end, so fetching its batch and writing a log line count;
   every step is logged. The time between its own beginning and end is kept beside that in the JSON.
 - Memory is the peak while training above what the loaded model takes: allocated on a GPU, resident on a CPU (Linux).
@@ -17,16 +19,11 @@ one step to warm up, which is not timed.
 import argparse
 import contextlib
 import ctypes
-import datetime
 import gc
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
-import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -53,12 +50,14 @@ from qlora_dpo.memory import GIB
 from qlora_dpo.model import default_lora, device_map, load_tokenizer
 from qlora_dpo.preferences import parse_row
 
+from surroundings import surroundings
+
 SEED = 42
 WARMUP_STEPS = 1
-OURS, TRL, TRL_AS_IS = "ours", "trl", "trl_as_is"
-PACKAGES = "qlora-dpo trl torch transformers peft bitsandbytes accelerate datasets".split()
+OURS, TRL, TRL_AS_IS, UNSLOTH = "ours", "trl", "trl_as_is", "unsloth"
 RENDERING = ("tools", "chat_template_kwargs")
 """Columns that decide the tokens beside the texts; all others but the pairs are left out, `label_probs` too."""
+PEERS = (TRL, TRL_AS_IS, UNSLOTH)
 
 Pair = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Length of the prompt, token ids of prompt + chosen and of prompt + rejected."""
@@ -258,6 +257,25 @@ def load_model(work: Work) -> PreTrainedModel:
     )
 
 
+def load_unsloth(work: Work) -> PreTrainedModel:
+    """The same base as Unsloth loads it, with its kernels, under its adapter."""
+    from unsloth import FastLanguageModel, PatchDPOTrainer
+
+    PatchDPOTrainer()
+    model, _ = FastLanguageModel.from_pretrained(
+        work.model, max_seq_length=work.max_length, dtype=getattr(torch, work.dtype), load_in_4bit=True
+    )
+    lora = default_lora()
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
+        use_gradient_checkpointing="unsloth" if work.checkpointing else False,
+    )
+
+
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The adapter's weights by name."""
     return sorted((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
@@ -309,13 +327,15 @@ def build_trainer(side: str, work: Work, model: PreTrainedModel, folder: str) ->
         "disable_tqdm": True,
         "seed": SEED,
     }
-    common = {"model": model, "processing_class": load_tokenizer(work.model), "peft_config": default_lora()}
+    common = {"model": model, "processing_class": load_tokenizer(work.model)}
+    if side != UNSLOTH:  # which has its adapter
+        common["peft_config"] = default_lora()
     if side == OURS:
         rows = Dataset.from_list(work.rows[OURS])
         trainer: Any = QLoRADPOTrainer(args=QLoRADPOConfig(**options), train_dataset=rows, **common)
     else:
         trainer = DPOTrainer(args=DPOConfig(**options), train_dataset=Dataset.from_list(work.rows[TRL]), **common)
-    start_adapters(trainer.model, torch.float32 if side == TRL else None)
+    start_adapters(trainer.model, torch.float32 if side in (TRL, UNSLOTH) else None)
     return trainer
 
 
@@ -331,7 +351,7 @@ def pairs_hash(side: str, trainer: Any, max_length: int) -> str:
 
 def run_one(side: str, work: Work) -> dict[str, Any]:
     """A run from loading the model to the last step, measured."""
-    model = load_model(work)
+    model = load_unsloth(work) if side == UNSLOTH else load_model(work)
     loaded = memory_now()
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
@@ -373,7 +393,11 @@ def run_in_process(side: str, work: Work) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder, "work.json"), Path(folder, "result.json")
         job.write_text(json.dumps(asdict(work)))
-        command = [sys.executable, __file__, "--one", side, "--work", str(job), "--output", str(result)]
+        start = [__file__]
+        if side == UNSLOTH:  # which patches what is imported after it
+            here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+            start = ["-c", f"{here}; import unsloth, bench_vs_trl; sys.exit(bench_vs_trl.main())"]
+        command = [sys.executable, *start, "--one", side, "--work", str(job), "--output", str(result)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode or not result.is_file():
             return {"error": f"exit status {done.returncode}: {done.stderr[-2000:]}"}
@@ -451,22 +475,25 @@ def ratios(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], nam
 
 def summary(runs: Sequence[dict[str, Any]], checkpointing: bool) -> dict[str, Any]:
     """What the runs of a setting come to."""
-    ours, trl, as_is = (select(runs, side, checkpointing) for side in (OURS, TRL, TRL_AS_IS))
+    ours, trl, as_is, other = (select(runs, side, checkpointing) for side in (OURS, TRL, TRL_AS_IS, UNSLOTH))
+    everyone = (*ours, *trl, *as_is, *other)
     columns: dict[str, Callable[[str], dict[str, float] | None]] = {
         OURS: lambda name: spread(values(ours, name)),
         TRL: lambda name: spread(values(trl, name)),
         "ours/trl": lambda name: ratios(ours, trl, name),
         TRL_AS_IS: lambda name: spread(values(as_is, name)),
         "ours/trl_as_is": lambda name: ratios(ours, as_is, name),
+        UNSLOTH: lambda name: spread(values(other, name)),
+        "ours/unsloth": lambda name: ratios(ours, other, name),
     }
     return {
         "checkpointing": checkpointing,
         "measures": {name: {column: of(name) for column, of in columns.items()} for name in MEASURES},
-        "adapter_dtypes": {run["side"]: run["adapter_dtype"] for run in (*ours, *trl, *as_is) if "error" not in run},
+        "adapter_dtypes": {run["side"]: run["adapter_dtype"] for run in everyone if "error" not in run},
         "layouts": sorted({run["layout"] for run in ours if "error" not in run}),
         "grad_norm": spread([norm for run in (*ours, *trl) for norm in run.get("grad_norms", [])]),
-        "differences": {TRL: differences(ours, trl), TRL_AS_IS: differences(ours, as_is)},
-        "failed": [run["side"] for run in (*ours, *trl, *as_is) if "error" in run],
+        "differences": {side: differences(ours, select(runs, side, checkpointing)) for side in PEERS},
+        "failed": [run["side"] for run in everyone if "error" in run],
     }
 
 
@@ -496,6 +523,8 @@ def table(found: dict[str, Any]) -> str:
         "ours/trl": "ours/TRL",
         TRL_AS_IS: f"TRL as it is, {dtypes.get(TRL_AS_IS, 'failed')}",
         "ours/trl_as_is": "ours/TRL as it is",
+        UNSLOTH: f"Unsloth, {dtypes.get(UNSLOTH, 'failed')}",
+        "ours/unsloth": "ours/Unsloth",
     }
     shown = [column for column in titles if any(row[column] for row in found["measures"].values())]
     lines = [["", *(titles[column] for column in shown)]]
@@ -529,29 +558,6 @@ def described(counts: dict[str, int], work: Work) -> str:
     )
 
 
-def processor() -> str:
-    """The name of the CPU."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def surroundings() -> dict[str, Any]:
-    """Where and with what the numbers were made."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "cpu": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
 def options_of(work: Work) -> dict[str, Any]:
     """What all runs of a benchmark share."""
     return {name: value for name, value in asdict(work).items() if name not in ("rows", "checkpointing")}
@@ -579,8 +585,9 @@ def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=5e-6)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--baseline_only", action="store_true", help="TRL alone")
+    parser.add_argument("--unsloth", action="store_true", help="Unsloth too, which must be installed")
     only.add_argument("--ours_only", action="store_true", help="this library alone")
-    parser.add_argument("--one", choices=(OURS, TRL, TRL_AS_IS), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=(OURS, *PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.one is None and not (args.data and args.model):
@@ -604,7 +611,7 @@ def main(words: Sequence[str] | None = None) -> int:
     settings = {"on": [True], "off": [False], "both": [True, False]}[args.checkpointing]
     works = [Work(checkpointing=setting, **shared, **fields) for setting in settings]
     print(described(counts, works[0]), file=sys.stderr)
-    sides = [OURS] * (not args.baseline_only) + [TRL] * (not args.ours_only)
+    sides = [OURS] * (not args.baseline_only) + [TRL] * (not args.ours_only) + [UNSLOTH] * args.unsloth
     runs = all_runs(works, sides, args.repeats, args.as_is_repeats)
     found = [summary(runs, setting) for setting in settings]
     about = surroundings() | {"data": args.data, "rows": counts, "work": options_of(works[0])}

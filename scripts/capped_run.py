@@ -1,7 +1,8 @@
 """Runs a command of qlora-dpo on a GPU as if it were a smaller card, and says what the command took.
 
     python scripts/capped_run.py --gpu 8GB --output FILE.json -- \\
-        train --config examples/recipes/8gb-llama-3.1-8b.yaml --model_name_or_path DIR --dataset_name preferences.jsonl --output_dir RUN --max_steps 3
+        train --config examples/recipes/8gb-llama-3.1-8b.yaml --model_name_or_path DIR --dataset_name FILE \\
+        --output_dir RUN --max_steps 3
 
 PyTorch gets what the smaller card would leave it beside CUDA's context, so loading the model is held to it too. The
 JSON has the most that was allocated and reserved, and the run's log lines.
@@ -19,6 +20,8 @@ import torch
 
 from qlora_dpo.__main__ import main as qlora_dpo
 from qlora_dpo.memory import GIB, parse_bytes
+
+from surroundings import surroundings
 
 STATE_NAME = "trainer_state.json"
 
@@ -62,11 +65,8 @@ def main(words: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     status = qlora_dpo(args.command)
     reserved = torch.cuda.max_memory_reserved()
-    found = {
-        "command": args.command,
+    found = surroundings() | {
         "status": status,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
         "card_bytes": card,
         "context_bytes": context,
         "max_allocated_bytes": torch.cuda.max_memory_allocated(),

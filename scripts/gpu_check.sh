@@ -1,45 +1,102 @@
 #!/usr/bin/env bash
-# Everything that only a CUDA device can show, with its figures as JSON under scripts/results/:
-# the gpu tests, the demo, this library against TRL on the shape of an 8B model, and how time grows with tokens.
-#   scripts/gpu_check.sh PREFERENCES.jsonl CONFIG TOKENIZER [PYTHON]
-# CONFIG and TOKENIZER are folders or ids, such as those of an 8B Llama; its weights are not needed: random ones in 4 bit
-# are made in its shape. Needs the extras `test` and `bench`.
-set -euo pipefail
-if [ $# -lt 3 ]; then
-  sed -n '2,6s/^# \{0,1\}//p' "$0"
+# Everything that only a CUDA device can show, with its figures as JSON under scripts/results/gpu_*.json.
+#   scripts/gpu_check.sh PREFERENCES.jsonl TOKENIZER [STAGE ...]
+# TOKENIZER is a folder or id whose ids the vocabularies hold. No weights are needed: random ones in 4 bit are made in
+# the shape of real models, in $WORK_DIR (default: a temporary folder; 8 GB of disk, 45 GB for `large`).
+# Stages, all of them by default, in this order; one that fails does not keep the next from running:
+#   tests    the tests marked `gpu`
+#   demo     the demo
+#   memory   what each option saves, and the plan against measured peaks: 1B and 8B, three lengths
+#   capped   the recipe of the 8B model with the memory of a card of 8 GB
+#   bench    this library against TRL, and Unsloth where it is installed, on the 8B shape ($BENCH: more options)
+#   scaling  how time grows with tokens, and with the completions of a prompt
+#   large    the recipes of 32B with 24 GB and of 70B with 48 GB
+# Needs the extras `test` and `bench`. $PYTHON is the interpreter.
+set -uo pipefail
+if [ $# -lt 2 ]; then
+  sed -n '2,15s/^# \{0,1\}//p' "$0"
   exit 2
 fi
-data=$(realpath "$1") config=$2 tokenizer=$3
-cd "$(dirname "$0")/.."
-python=${4:-python3}
+data=$(realpath "$1") tokenizer=$2
+[ -d "$tokenizer" ] && tokenizer=$(realpath "$tokenizer")
+shift 2
+stages=${*:-tests demo memory capped bench scaling large}
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
 results=scripts/results
-shape=$(mktemp -d)
-trap 'rm -rf "$shape" "$results/demo"' EXIT
-mkdir -p "$results"
+work=${WORK_DIR:-$(mktemp -d)}
+[ -n "${WORK_DIR:-}" ] || trap 'rm -rf "$work"' EXIT
+mkdir -p "$results" "$work"
 
-"$python" -m pytest -m gpu
-"$python" -m qlora_dpo demo --output_dir "$results/demo"
-"$python" scripts/make_shape.py --config "$config" --tokenizer "$tokenizer" --output_dir "$shape"
-"$python" scripts/bench_vs_trl.py --data "$data" --model "$shape" --max_length 2048 --output "$results/gpu_bench.json"
-"$python" scripts/scaling.py --model "$shape" --dtype bfloat16 --output "$results/gpu_scaling.json"
-"$python" -m qlora_dpo plan --model "$config" --json > "$results/gpu_plan.json"
-"$python" - "$results" <<'PY'
-import importlib.metadata as md
-import json
-import pathlib
-import sys
+"$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 2
 
-import torch
-
-folder = pathlib.Path(sys.argv[1])
-demo = json.loads((folder / "demo" / "metrics.json").read_text())
-names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-record = {
-    "gpu": torch.cuda.get_device_name(0),
-    "versions": {name: md.version(name) for name in names},
-    "accuracy": {when: demo[when]["eval_rewards/accuracies"] for when in ("before", "control", "after")},
-    "seconds": demo["seconds"],
+# shape NAME: the folder of a model of that shape, made if it is not there
+shape() {
+  [ -f "$work/$1/config.json" ] ||
+    "$python" scripts/make_shape.py --config "$1" --tokenizer "$tokenizer" --output_dir "$work/$1" >&2 || return 1
+  echo "$work/$1"
 }
-(folder / "gpu_check.json").write_text(json.dumps(record, indent=2) + "\n")
-print(json.dumps(record, indent=2))
-PY
+
+# capped RECIPE SHAPE CARD: three steps of a recipe in the memory of a card
+capped() {
+  local model
+  model=$(shape "$2") || return 1
+  "$python" scripts/capped_run.py --gpu "$3" --output "$results/gpu_capped_$2.json" -- \
+    train --config "examples/recipes/$1.yaml" --model_name_or_path "$model" --dataset_name "$data" \
+    --dataset_test_split 'train[:4]' --max_steps 3 --gradient_accumulation_steps 2 --logging_steps 1 \
+    --eval_strategy no --save_strategy no --report_to none --output_dir "$work/run-$2"
+}
+
+stage_tests() { "$python" -m pytest -m gpu; }
+
+stage_demo() {
+  "$python" -m qlora_dpo demo --output_dir "$work/demo" && cp "$work/demo/metrics.json" "$results/gpu_demo.json"
+}
+
+stage_memory() {
+  local name model status=0
+  for name in llama-3.2-1b llama-3.1-8b; do
+    model=$(shape "$name") && "$python" scripts/memory_ladder.py --model "$model" --tokens 1024 2048 4096 --pairs 1 \
+      --output "$results/gpu_memory_$name.json" || status=1
+  done
+  return $status
+}
+
+stage_capped() { capped 8gb-llama-3.1-8b llama-3.1-8b 8GB; }
+
+stage_bench() {
+  local model unsloth=()
+  model=$(shape llama-3.1-8b) || return 1
+  "$python" -c 'import importlib.util as u; raise SystemExit(u.find_spec("unsloth") is None)' && unsloth=(--unsloth)
+  # shellcheck disable=SC2086  # options are words
+  "$python" scripts/bench_vs_trl.py --data "$data" --model "$model" --max_length 2048 "${unsloth[@]}" ${BENCH:-} \
+    --output "$results/gpu_bench.json"
+}
+
+stage_scaling() {
+  local model
+  model=$(shape llama-3.1-8b) || return 1
+  "$python" scripts/scaling.py --model "$model" --dtype bfloat16 --output "$results/gpu_scaling.json"
+}
+
+stage_large() {
+  local status=0
+  capped 24gb-qwen2.5-32b qwen2.5-32b 24GB || status=1
+  rm -rf "$work/qwen2.5-32b"
+  capped 48gb-llama-3.1-70b llama-3.1-70b 48GB || status=1
+  rm -rf "$work/llama-3.1-70b"
+  return $status
+}
+
+failed=()
+for stage in $stages; do
+  echo "== $stage"
+  start=$SECONDS
+  "stage_$stage" || failed+=("$stage")
+  echo "== $stage: $((SECONDS - start)) s"
+done
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
+echo "all stages passed; figures in $results/gpu_*.json"

@@ -3,8 +3,8 @@
     python scripts/make_shape.py --config llama-3.1-8b --tokenizer TOKENIZER_FOLDER_OR_ID --output_dir DIR
 
 The config is a folder, a Hub id or a name that `qlora-dpo plan --list` shows. Every linear layer but the head is in NF4
-with double quantisation, embeddings, norms and head in bf16, as `load_policy` would have it; `from_pretrained` loads the
-folder as it is. Disk and memory stay near half a byte a weight. The weights are drawn small enough that activations
+with double quantisation, embeddings, norms and head in bf16, as `load_policy` would have it; `from_pretrained` loads
+the folder as it is. Disk and memory stay near half a byte a weight. The weights are drawn small enough that activations
 stay finite; the text such a model writes is noise.
 """
 

@@ -30,6 +30,7 @@ from qlora_dpo.layouts import Group
 from qlora_dpo.recompute import checkpoint_activations, keep_activations
 
 from allocations import peak_of
+from surroundings import surroundings
 
 MIB = 2**20
 ON_GPU = torch.cuda.is_available()
@@ -191,11 +192,11 @@ def main() -> None:
         rows = measure(args.model or folder, config, args.tokens, args.pairs)
     print(table(rows))
     if args.output:
-        found = {"device": torch.cuda.get_device_name() if ON_GPU else "CPU", "model": args.model or "llama-41m"}
+        found = surroundings() | {"model": args.model or "llama-41m", "pairs": args.pairs, "rows": rows}
         if ON_GPU:
             free, total = torch.cuda.mem_get_info()
-            found |= {"context_bytes": total - free - torch.cuda.memory_reserved(), "torch": torch.__version__}
-        Path(args.output).write_text(json.dumps(found | {"pairs": args.pairs, "rows": rows}, indent=2) + "\n")
+            found |= {"context_bytes": total - free - torch.cuda.memory_reserved()}
+        Path(args.output).write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

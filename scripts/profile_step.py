@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_vs_trl import OURS, Work, build_trainer, choose_rows, load_model, surroundings
 from torch.profiler import ProfilerActivity, profile
+
+from bench_vs_trl import OURS, Work, build_trainer, choose_rows, load_model
+from surroundings import surroundings
 
 PARTS = {
     "attention": ("scaled_dot_product", "flash_attention"),

@@ -28,6 +28,8 @@ from qlora_dpo.objective import make_objective
 from qlora_dpo.reference import BaseReference
 from qlora_dpo.step import Step
 
+from surroundings import surroundings
+
 TOKENS = (512, 1024, 2048, 4096)
 COMPLETIONS = (2, 4, 8, 16)
 
@@ -102,15 +104,11 @@ def main() -> None:
             if repeat:  # the first round warms up
                 times[setting].append(took)
     medians = {setting: statistics.median(found) for setting, found in times.items()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    result = {
+    result = surroundings() | {
         "tokens": line([(placed["tokens", n], medians["tokens", n]) for n in TOKENS]),
         "completions": line([(k, medians["completions", k]) for k in COMPLETIONS]),
         "prompt_tokens": args.prompt,
         "completion_tokens": args.length,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
         "dtype": args.dtype,
         "repeats": args.repeats,
     }

@@ -1,8 +1,7 @@
 """The benchmark against TRL runs, trains both sides on the same tokens from the same start, and keeps all numbers."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,9 @@ LOG_2 = 0.693147
 @pytest.fixture(scope="module")
 def bench():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("bench_vs_trl", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        yield importlib.import_module("bench_vs_trl")
 
 
 @pytest.fixture
@@ -92,6 +89,53 @@ def test_groups_agree_with_trl_on_their_unrolled_pairs(bench, report_of, monkeyp
     check(report, pairs_per_step=3)
     assert report["rows"]["other_number_of_pairs"] == 1
     assert report["work"]["batch_size"] == 1
+
+
+STAND_IN_FOR_UNSLOTH = """
+import sys
+
+assert "trl" not in sys.modules  # what it patches must come after it
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+
+def PatchDPOTrainer():
+    pass
+
+
+class FastLanguageModel:
+    @staticmethod
+    def from_pretrained(name, max_seq_length, dtype, load_in_4bit):
+        four_bit = BitsAndBytesConfig(
+            load_in_4bit=load_in_4bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        return AutoModelForCausalLM.from_pretrained(name, quantization_config=four_bit, dtype=dtype), None
+
+    @staticmethod
+    def get_peft_model(model, use_gradient_checkpointing, **lora):
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+"""
+
+
+def test_unsloth_is_measured_beside_them_in_a_process_that_it_may_patch(report_of, tmp_path, monkeypatch, capsys):
+    """With a module of its name that loads the same model: that it comes first, and starts where the others do."""
+    (tmp_path / "unsloth.py").write_text(STAND_IN_FOR_UNSLOTH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    report = report_of([chat_row(seed) for seed in range(4)], "--batch_size", "2", "--unsloth", "--as_is_repeats", "0")
+    ours, trl, unsloth = report["runs"]
+    assert [run["side"] for run in report["runs"]] == ["ours", "trl", "unsloth"]
+    assert unsloth["losses"] == pytest.approx(ours["losses"], abs=1e-3)
+    assert unsloth["adapter_hash"] == ours["adapter_hash"] == trl["adapter_hash"]
+    assert unsloth["pairs_hash"] == ours["pairs_hash"]
+    (found,) = report["summary"]
+    assert found["measures"]["pairs_per_second"]["ours/unsloth"]["median"] > 0
+    assert "ours/Unsloth" in capsys.readouterr().out
+    assert "unsloth" not in report["versions"]
 
 
 def test_too_few_rows_are_refused(report_of):

@@ -2,7 +2,12 @@
 
 import importlib
 import json
+import os
+import re
 import runpy
+import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 from qlora_dpo import load_policy
+from qlora_dpo.__main__ import main
 from qlora_dpo.memory import GIB
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -92,6 +98,75 @@ def test_a_cap_needs_a_gpu(capped_run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         module.main(["--gpu", "8GB", "--", "train"])
     assert "no GPU" in capsys.readouterr().err
+
+
+STAND_IN = """#!/usr/bin/env bash
+echo "$@" >> "$LOG"
+case "$*" in
+  *$FAILING*) exit 1 ;;
+esac
+while [ $# -gt 0 ]; do
+  [ "$1" = --output_dir ] && mkdir -p "$2" && echo '{}' > "$2/config.json" && echo '{}' > "$2/metrics.json"
+  shift
+done
+"""
+
+
+@pytest.fixture
+def gpu_check(tmp_path, monkeypatch):
+    """Runs a copy of the script with a stand-in for Python; gives its exit status, what it printed, and the calls."""
+    shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+
+    def run(*stages, failing="nothing"):
+        log.write_text("")
+        surroundings = {"PYTHON": python, "LOG": log, "FAILING": failing, "WORK_DIR": tmp_path / "work"}
+        command = ["bash", str(tmp_path / "scripts" / "gpu_check.sh"), "pairs.jsonl", "words", *stages]
+        environment = os.environ | {name: str(value) for name, value in surroundings.items()}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, log.read_text().splitlines()
+
+    return run
+
+
+def test_the_gpu_check_goes_through_every_stage_and_makes_each_shape_once(gpu_check):
+    status, printed, calls = gpu_check()
+    assert status == 0
+    assert "all stages passed" in printed
+    shapes = [call.split()[2] for call in calls if "make_shape.py" in call]
+    assert shapes == ["llama-3.2-1b", "llama-3.1-8b", "qwen2.5-32b", "llama-3.1-70b"]
+    capped = [
+        re.search(r"--gpu (\w+) .*recipes/([\w.-]+).yaml", call).groups() for call in calls if "capped_run" in call
+    ]
+    assert [f"{size.lower()}-{recipe.split('-', 1)[1]}" for size, recipe in capped] == [name for _, name in capped]
+    assert len(capped) == 3
+    for script in ("pytest -m gpu", "qlora_dpo demo", "memory_ladder.py", "bench_vs_trl.py", "scaling.py"):
+        assert any(script in call for call in calls), script
+
+
+def test_a_stage_of_the_gpu_check_that_fails_is_said_and_the_next_one_runs(gpu_check):
+    status, printed, calls = gpu_check("tests", "scaling", "bench", failing="scaling.py")
+    assert status == 1
+    assert "failed: scaling\n" in printed
+    assert any("bench_vs_trl.py" in call and "--unsloth" in call for call in calls)
+    assert gpu_check("demo", failing="get_device_name")[0] == 2
+    assert "--unsloth" not in "".join(gpu_check("bench", failing="find_spec")[2])
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in sorted((SCRIPTS.parent / "examples/recipes").glob("*.yaml"))])
+def test_the_options_of_a_capped_recipe_are_a_training(recipe, base_folder, rows_file, tmp_path, monkeypatch):
+    """As `gpu_check.sh` gives them, on a model that a CPU can train."""
+    monkeypatch.chdir(SCRIPTS.parent)
+    script = (SCRIPTS / "gpu_check.sh").read_text().replace("\\\n", " ")
+    found = re.search(r" train --config .*--output_dir", script)[0]
+    for name, value in {"$1": recipe, "$model": base_folder, "$data": rows_file}.items():
+        found = found.replace(name, value)
+    words = shlex.split(found)
+    assert main([*words, str(tmp_path / "run")]) == 0
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert sum("loss" in line for line in history) == 3
 
 
 @pytest.mark.slow
