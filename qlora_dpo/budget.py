@@ -1,5 +1,6 @@
 """When memory runs out: the optimizer step again with fewer activations kept, or half the tokens in a forward."""
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -9,18 +10,10 @@ import torch
 from datasets import Dataset
 from pyarrow import compute
 
-from qlora_dpo.errors import OutOfMemoryError
+from qlora_dpo.errors import OutOfMemoryError, is_out_of_memory
 from qlora_dpo.layouts import GroupCollator
 
 T = TypeVar("T")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device has no memory left: CUDA's own class, and the words of other allocators."""
-    words = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
-    )
 
 
 def forwards_of(samples: Sequence[dict[str, Any]]) -> list[tuple[int, list[int]]]:
@@ -92,6 +85,7 @@ class Rescue:
 
     def _ease(self, failed: str) -> None:
         """Keep the activations of fewer layers; where none are kept, half the largest forward, if that cuts it."""
+        gc.collect()  # what the error's traceback held in a cycle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         tokens, rows = max(forwards_of(self.samples))

@@ -144,7 +144,7 @@ def _untrained_control(trainer: QLoRADPOTrainer, seed: int) -> dict[str, float]:
     with torch.no_grad():
         for _ in range(RANDOM_ADAPTERS):
             for factor in factors:
-                factor.normal_(std=0.02, generator=generator)
+                factor.copy_(torch.randn(factor.shape, generator=generator) * 0.02)  # drawn alike on every device
             found.append(trainer.evaluate())
         for factor in factors:
             factor.zero_()

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from qlora_dpo.blockwise import blockwise_attention
 from qlora_dpo.layouts import Segment
-from qlora_dpo.segments import RowPlan, expanded, keys_of
+from qlora_dpo.segments import Packed, RowPlan, expanded, keys_of
 
 VARLEN, FLASH_ATTN, FLEX, BLOCKWISE, SEGMENTS = "varlen", "flash_attn", "flex", "blockwise", "segments"
 BF16_PRODUCTS = "bf16_products"
@@ -136,7 +136,7 @@ def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, re
     run = torch_varlen()
     assert run is not None
     packed = plan.packed(query.device)
-    queries, keys, values = _end_to_end(query, key, value, packed.keys)
+    queries, keys, values = _end_to_end(query, key, value, packed)
     named: dict[str, Any] = {}
     if _takes(run, "enable_gqa"):
         named["enable_gqa"] = queries.shape[1] != keys.shape[1]
@@ -152,7 +152,7 @@ def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, reci
     run = flash_attn_varlen()
     assert run is not None
     packed = plan.packed(query.device)
-    queries, keys, values = _end_to_end(query, key, value, packed.keys)
+    queries, keys, values = _end_to_end(query, key, value, packed)
     return run(
         queries,
         keys,
@@ -168,12 +168,10 @@ def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, reci
     )[None]
 
 
-def _end_to_end(query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _end_to_end(query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     """`(L, h, d)`, `(K, g, d)` and `(K, g, d_v)`: the row without its batch dimension, its keys gathered by segment."""
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
-    if positions is None:
-        return queries, keys, values
-    return queries, keys.index_select(0, positions), values.index_select(0, positions)
+    return queries, packed.gather(keys), packed.gather(values)
 
 
 def _left_and_right(window: int | None, max_k: int) -> tuple[int, int]:
@@ -183,6 +181,10 @@ def _left_and_right(window: int | None, max_k: int) -> tuple[int, int]:
     ((3, 0), (-1, 0))
     """
     return (-1 if window is None or window >= max_k else window - 1, 0)
+
+
+FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+"""Rows below 128 positions would get a kernel for decoding, which does not compile for most groups of query heads."""
 
 
 def by_flex(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Recipe) -> Tensor:
@@ -199,6 +201,7 @@ def by_flex(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Re
         scale=recipe.scale,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=None if recipe.sinks is None else AuxRequest(lse=True),
+        kernel_options=FLEX_OPTIONS,
     )
     if recipe.sinks is not None:
         output, aux = found
@@ -218,13 +221,14 @@ def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     """A function compiled as often as its arguments ask for.
 
     Beyond 8 kinds of arguments Dynamo would run it uncompiled, and FlexAttention would then hold all scores. A model
-    needs few kinds: rows of one block or more, with gradient or without, and each of its head sizes.
+    needs few kinds: rows of one block or more, with gradient or without, and each of its head sizes and scales.
+    Numbers are compiled in, so that another scale is another kind and not a symbol, which is a way less travelled.
     """
     run = torch.compile(function, backend=backend)
 
     @functools.wraps(function)
     def compiled(*args: Any, **named: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=64):
+        with torch._dynamo.config.patch(recompile_limit=64, specialize_float=True):
             return run(*args, **named)
 
     return compiled
@@ -385,12 +389,20 @@ TRIAL_SEGMENTS = (
 )
 """Two prompts, of 100 tokens and of one, with completions: a row of more than one block."""
 
+TRIALS = (
+    (TRIAL_SEGMENTS, None),
+    (TRIAL_SEGMENTS, 30),
+    ((Segment(0, 130), Segment(130, 200, 0, 130), Segment(330, 51, 0, 130)), None),
+    ((Segment(0, 40), Segment(40, 30, 0, 40), Segment(70, 29, 0, 40)), None),
+)
+"""Rows and windows: kernels that are compiled meet another length of several blocks, and one of less than a block."""
+
 TRIAL_TOLERANCE = 0.05
 """Allowed difference, as a share of the largest value: several roundings of bf16, far less than a wrong mask makes."""
 
 
 def trial(name: str, case: Case) -> str | None:
-    """Values and gradients of an implementation against `SEGMENTS` in fp32, on a small row of its own.
+    """Values and gradients of an implementation against `SEGMENTS` in fp32, on small rows of its own.
 
     Args:
         name: The implementation.
@@ -401,35 +413,34 @@ def trial(name: str, case: Case) -> str | None:
     """
     generator = torch.Generator().manual_seed(0)
     (heads, kv_heads), (size, value_size) = case.heads, case.head_sizes
-    length = TRIAL_SEGMENTS[-1].start + TRIAL_SEGMENTS[-1].length
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(case.device, case.dtype)
 
-    inputs = [draw(1, n, length, d) for n, d in ((heads, size), (kv_heads, size), (kv_heads, value_size))]
-    cotangent = draw(1, length, heads, value_size)
     recipe = Recipe(scale=1.5 * size**-0.5, softcap=case.softcap, sinks=draw(heads) if case.sinks else None)
-    for window in (None, 30):
-        asked = replace(recipe, window=window)
+    for segments, window in TRIALS:
+        length, asked = segments[-1].start + segments[-1].length, replace(recipe, window=window)
+        inputs = [draw(1, n, length, d) for n, d in ((heads, size), (kv_heads, size), (kv_heads, value_size))]
+        cotangent = draw(1, length, heads, value_size)
         try:
-            found = _value_and_gradients(IMPLEMENTATIONS[name], inputs, cotangent, asked)
+            found = _value_and_gradients(IMPLEMENTATIONS[name], segments, inputs, cotangent, asked)
         except torch.OutOfMemoryError:
             raise  # says nothing about the kernel
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        truth = _value_and_gradients(by_segment, [x.float() for x in inputs], cotangent.float(), asked)
+        truth = _value_and_gradients(by_segment, segments, [x.float() for x in inputs], cotangent.float(), asked)
         for ours, theirs in zip(found, truth, strict=True):
             difference = (ours.float() - theirs).abs().max() / theirs.abs().max()
             if not difference <= TRIAL_TOLERANCE:
-                return f"its numbers are off by {difference:.3g} of the largest (window {window})"
+                return f"its numbers are off by {difference:.3g} of the largest ({length} positions, window {window})"
     return None
 
 
 def _value_and_gradients(
-    run: Callable[..., Tensor], inputs: list[Tensor], cotangent: Tensor, recipe: Recipe
+    run: Callable[..., Tensor], segments: Sequence[Segment], inputs: list[Tensor], cotangent: Tensor, recipe: Recipe
 ) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in inputs]
-    output = run(*leaves, RowPlan(TRIAL_SEGMENTS), recipe)
+    output = run(*leaves, RowPlan(segments), recipe)
     return output.detach(), *torch.autograd.grad(output, leaves, cotangent)
 
 

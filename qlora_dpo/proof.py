@@ -13,7 +13,7 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from qlora_dpo.errors import FixableError
+from qlora_dpo.errors import FixableError, OutOfMemoryError, is_out_of_memory
 from qlora_dpo.forward import noise_off, score_batch, to_device
 from qlora_dpo.four_bit_head import called_by_pieces
 from qlora_dpo.layouts import Group, group_of, make_batch
@@ -105,7 +105,9 @@ def _row_by_row(model: nn.Module, groups: Sequence[Group], device: torch.device)
     return torch.stack(alone), torch.stack(spread)
 
 
-def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device: torch.device) -> LayoutProof:
+def prove_layout(
+    model: nn.Module, groups: Sequence[Group], layout: str, device: torch.device, max_tokens: int | None = None
+) -> LayoutProof:
     """Score groups in a layout and row by row, without gradient, and compare.
 
     The yardstick is what `padded` itself differs by in this dtype: the same two rows alone, together, and together in
@@ -119,6 +121,7 @@ def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device:
         groups: Groups to score: the longest at hand and a short one.
         layout: `tree` or `packed`.
         device: The model's device.
+        max_tokens: Most positions of one forward; None for no limit.
 
     Returns:
         The proof, with both numbers.
@@ -135,8 +138,11 @@ def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device:
         roundings = 1 if dtype in (torch.bfloat16, torch.float16) else 4
         tolerance = 4 * max(noise, roundings * torch.finfo(dtype).eps * spread.max().item())
         try:
-            tried = score_batch(model, to_device(make_batch(groups, layout), device))["logps"]
+            batch = make_batch(groups, layout, max_tokens=max_tokens)
+            tried = score_batch(model, to_device(batch, device))["logps"]
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):  # says nothing about the layout
+                raise
             return LayoutProof(layout, float("inf"), tolerance, f"{type(error).__name__}: {error}")
         difference = (tried - alone).abs().max().item()
     return LayoutProof(layout, difference if difference == difference else float("inf"), tolerance)
@@ -170,7 +176,7 @@ def attention_span(config: PreTrainedConfig) -> int | None:
 
 
 def choose_layout(
-    model: nn.Module, groups: Sequence[Group], asked: str, device: torch.device
+    model: nn.Module, groups: Sequence[Group], asked: str, device: torch.device, max_tokens: int | None = None
 ) -> tuple[str, LayoutProof | None]:
     """The layout to use: the one asked for, or for `auto` the tree if it proves equal to one row at a time.
 
@@ -182,6 +188,7 @@ def choose_layout(
         groups: What to prove it on.
         asked: The option `batch_layout`.
         device: The model's device.
+        max_tokens: Most positions of one forward; None for no limit.
 
     Returns:
         The layout, and its proof (None for `padded`, which is the truth).
@@ -189,7 +196,7 @@ def choose_layout(
     if asked == "padded":
         return asked, None
     layout = "tree" if asked == "auto" else asked
-    proof = prove_layout(model, groups, layout, device)
+    proof = prove_layout(model, groups, layout, device, max_tokens)
     if proof.holds:
         return layout, proof
     outcome = "falls back to" if asked == "auto" else "does not equal"
@@ -208,6 +215,7 @@ def start_margin(
     layout: str,
     device: torch.device,
     chunk_size: int | None = None,
+    max_tokens: int | None = None,
 ) -> float:
     """How far the policy is from its reference before any training: the largest |margin| and |log-ratio|, in nats.
 
@@ -218,8 +226,9 @@ def start_margin(
         layout: The layout to score in.
         device: The model's device.
         chunk_size: Positions in a tile of logits, as the reference has it: other tiles round otherwise.
+        max_tokens: Most positions of one forward; None for no limit.
     """
-    batch = to_device(make_batch(groups, layout), device)
+    batch = to_device(make_batch(groups, layout, max_tokens=max_tokens), device)
     ref_logps = compared(model, batch)["logps"]
     with torch.no_grad(), noise_off(model):
         logratios = score_batch(model, batch, chunk_size=chunk_size)["logps"] - ref_logps
@@ -255,6 +264,7 @@ def check_start(
     expected: bool,
     rounds: bool,
     chunk_size: int | None = None,
+    max_tokens: int | None = None,
 ) -> float:
     """The start margin, required to be 0 where the policy should start at what it is compared with.
 
@@ -267,10 +277,12 @@ def check_start(
         expected: Whether they should be equal.
         rounds: Whether what it is compared with was computed in other rows, so that rounding is allowed.
         chunk_size: Positions in a tile of logits.
+        max_tokens: Most positions of one forward; None for no limit.
     """
-    margin = start_margin(model, compared, groups, layout, device, chunk_size)
+    margin = start_margin(model, compared, groups, layout, device, chunk_size, max_tokens)
     if expected:
-        require_margin(margin, prove_layout(model, groups, layout, device).tolerance if rounds else 0.0)
+        allowed = prove_layout(model, groups, layout, device, max_tokens).tolerance if rounds else 0.0
+        require_margin(margin, allowed)
     return margin
 
 
@@ -292,7 +304,12 @@ def sample_groups(dataset: Any) -> list[Group]:
 
 
 def prove_model(
-    model: Any, groups: Sequence[Group], asked: str, max_length: int | None, device: torch.device
+    model: Any,
+    groups: Sequence[Group],
+    asked: str,
+    max_length: int | None,
+    device: torch.device,
+    max_tokens: int | None = None,
 ) -> tuple[str, LayoutProof | None]:
     """Check a model's vocabulary and logits on some groups, and choose the layout.
 
@@ -302,11 +319,25 @@ def prove_model(
         asked: The option `batch_layout`.
         max_length: Most tokens of any sequence; None for no limit.
         device: The model's device.
+        max_tokens: Most positions of one forward; None for no limit.
 
     Returns:
         The layout, and its proof (None for `padded`).
+
+    Raises:
+        OutOfMemoryError: If there is not even room to score these groups.
     """
     check_vocabulary(model.get_input_embeddings().weight.shape[0], groups)
-    check_logit_rule(model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
     span = attention_span(model.config.get_text_config())
-    return choose_layout(model, beyond_window(groups, span, max_length), asked, device)
+    tried = beyond_window(groups, span, max_length)
+    try:
+        check_logit_rule(model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
+        return choose_layout(model, tried, asked, device, max_tokens)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"Memory ran out on the first rows, before any training (row {groups[0].row} of the data is the longest of "
+            f"them), got: {(str(error).splitlines() or [type(error).__name__])[0]}. Lower `max_length` or "
+            "`max_tokens_per_forward`; `qlora-dpo plan` says what each option saves."
+        ) from error

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
 from qlora_dpo.layouts import Segment
@@ -65,7 +66,9 @@ class Packed:
     causal attention aligned to the lower right is what the segment should see.
 
     Attributes:
-        keys: `(K,)` position in the row of each key; None if the keys are the row itself too.
+        keys: `(K,)` int32 position in the row of each key; None if the keys are the row itself too.
+        own: `(L,)` int32, where among the keys each position's own one is; None likewise.
+        prefixes: Of each segment that has a prefix: where its keys begin, where in the row it does, and its length.
         cu_q: `(S + 1,)` int32, where the queries of each segment start, and their number.
         cu_k: `(S + 1,)` int32, the same for the keys.
         max_q: Most queries of a segment, a host integer.
@@ -73,10 +76,45 @@ class Packed:
     """
 
     keys: Tensor | None
+    own: Tensor | None
+    prefixes: list[tuple[int, int, int]]
     cu_q: Tensor
     cu_k: Tensor
     max_q: int
     max_k: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`(L, g, d)` of the row -> `(K, g, d)` by segment."""
+        return x if self.keys is None else _Gather.apply(x, self)
+
+
+class _Gather(torch.autograd.Function):
+    """x[keys], whose gradient is added up in the order of the segments, in fp32 at least, and rounded once.
+
+    That of `index_select` is added up by atomics, in the dtype of x: a prompt's keys get a share from each completion,
+    and no two runs would be the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
+        assert packed.keys is not None
+        ctx.packed = packed
+        return x.index_select(0, packed.keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        found = upstream.index_select(0, ctx.packed.own)
+        wide = torch.promote_types(found.dtype, torch.float32)
+        prompts: dict[int, int] = {}
+        for _, start, length in ctx.packed.prefixes:
+            prompts[start] = max(length, prompts.get(start, 0))
+        sums = {start: found[start : start + length].to(wide, copy=True) for start, length in prompts.items()}
+        for first, start, length in ctx.packed.prefixes:
+            sums[start][:length] += upstream[first : first + length]
+        for start, total in sums.items():
+            found[start : start + len(total)] = total
+        return found, None
 
 
 class RowPlan:
@@ -114,13 +152,22 @@ class RowPlan:
 def _packed(segments: Sequence[Segment], device: torch.device) -> Packed:
     queries = [s.length for s in segments]
     keys = [s.prefix_length + s.length for s in segments]
-    positions = None
-    if any(s.prefix_length for s in segments):
+    bounds = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
+    firsts = list(zip(segments, bounds[1].tolist(), strict=False))  # where the keys of each segment begin
+    prefixes = [(first, s.prefix_start, s.prefix_length) for s, first in firsts if s.prefix_length]
+    if prefixes:
         runs = [(s.prefix_start, s.prefix_length) for s in segments], [(s.start, s.length) for s in segments]
         pieces = [torch.arange(first, first + n) for pair in zip(*runs, strict=True) for first, n in pair]
-        positions = torch.cat(pieces).to(device)
-    ends = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)]
-    return Packed(positions, ends[0], ends[1], max(queries), max(keys))
+        own = [torch.arange(s.length) + first + s.prefix_length for s, first in firsts]
+        bounds += [torch.cat(pieces), torch.cat(own)]
+    there = _on(device, torch.cat(bounds).int()).split([len(part) for part in bounds])
+    positions, own_positions = there[2:] if prefixes else (None, None)
+    return Packed(positions, own_positions, prefixes, there[0], there[1], max(queries), max(keys))
+
+
+def _on(device: torch.device, host: Tensor) -> Tensor:
+    """A tensor of the host on a device, without waiting for what the device has to do before."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _bounds(segments: Sequence[Segment], window: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -214,13 +214,14 @@ class QLoRADPOTrainer(SavingTrainer):
         """Check models and vocabulary, choose the layout, and open the cache of the reference, once."""
         if self._proven:
             return
-        groups, device, asked = self._sample(), self.args.device, self.args.batch_layout
+        groups, asked = self._sample(), self.args.batch_layout
+        limits = self.args.max_length, self.args.device, self.data_collator.max_tokens
         with self.accelerator.autocast():
-            layout, self.layout_proof = prove_model(self.model, groups, asked, self.args.max_length, device)
+            layout, self.layout_proof = prove_model(self.model, groups, asked, *limits)
             if isinstance(self.reference, ModelReference):
-                other = self.reference.placed_on(device)
+                other = self.reference.placed_on(self.args.device)
                 asked = asked if layout == "tree" else layout
-                layout, _ = prove_model(other, groups, asked, self.args.max_length, device)
+                layout, _ = prove_model(other, groups, asked, *limits)
         self.data_collator.layout = layout
         if self.args.precompute_ref_log_probs:
             args = self.args
@@ -235,8 +236,8 @@ class QLoRADPOTrainer(SavingTrainer):
         args, layout, rounds = self.args, self.data_collator.layout, isinstance(self.reference, CachedReference)
         expected = self.starts_at_reference and not self.given
         with self.accelerator.autocast():
-            compared, chunk = self.step.compared, args.logps_chunk_size
-            margin = check_start(self.model, compared, self._sample(), layout, args.device, expected, rounds, chunk)
+            how = self.step.compared, self._sample(), layout, args.device, expected, rounds
+            margin = check_start(self.model, *how, args.logps_chunk_size, self.data_collator.max_tokens)
         if args.process_index == 0:
             announce(self.model, GIVEN if self.given else self.reference.description, margin, args)
 

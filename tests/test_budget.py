@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 
 from qlora_dpo import QLoRADPOTrainer
-from qlora_dpo.budget import is_out_of_memory, longest_rows
-from qlora_dpo.errors import OutOfMemoryError
+from qlora_dpo.budget import longest_rows
+from qlora_dpo.errors import OutOfMemoryError, is_out_of_memory
 from qlora_dpo.layouts import group_of, positions
 
 from one_step import RANKED, KeepGradients
@@ -59,6 +59,26 @@ def ready(trainer):
     trainer._prove()
     trainer.model.train()
     trainer._check_start()
+
+
+def test_the_checks_at_the_start_keep_to_the_token_budget(tokenizer, make_args, monkeypatch):
+    """The longest and the shortest group, tried together, are more than that; no row alone is."""
+    trainer, _ = run(tokenizer, make_args, max_tokens_per_forward=30)
+    assert positions(trainer._sample(), "tree") > 30
+    memory = Memory(monkeypatch, 30)
+    ready(trainer)
+    assert memory.refused == []
+    assert trainer.data_collator.layout == "tree"
+
+
+@pytest.mark.parametrize("layout", ["auto", "tree"])
+def test_no_room_for_the_checks_at_the_start_is_said_and_no_fault_of_the_layout(
+    tokenizer, make_args, monkeypatch, layout
+):
+    trainer, _ = run(tokenizer, make_args, batch_layout=layout)
+    Memory(monkeypatch, 30)
+    with pytest.raises(OutOfMemoryError, match=r"before any training \(row \d.*got: CUDA out of memory.*Lower"):
+        ready(trainer)
 
 
 def lines(trainer):
@@ -196,7 +216,7 @@ def test_the_longest_groups_are_tried_first_and_leave_no_trace(tokenizer, make_a
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("shapes do not match"), False),
         (ValueError("out of memory"), False),
     ],

@@ -238,6 +238,16 @@ def test_flex_attention_is_compiled_for_more_kinds_of_arguments_than_dynamo_allo
     assert counter.frame_count == 14
 
 
+def test_another_scale_is_compiled_anew_and_not_as_a_symbol():
+    """With a number as a symbol the third call would find what the second compiled."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("eager")
+    scaled = kernels._compiled(lambda x, scale: scale * x, counter)
+    assert [scaled(torch.ones(1), scale).item() for scale in (0.5, 0.25, 0.125)] == [0.5, 0.25, 0.125]
+    assert counter.frame_count == 3
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 def test_compiled_flex_attention_skips_no_block_it_needs(monkeypatch):
