@@ -27,6 +27,7 @@ results=scripts/results
 work=${WORK_DIR:-$(mktemp -d)}
 [ -n "${WORK_DIR:-}" ] || trap 'rm -rf "$work"' EXIT
 mkdir -p "$results" "$work"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TORCHINDUCTOR_COMPILE_THREADS=2
 
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 2
 
@@ -47,7 +48,7 @@ capped() {
     --eval_strategy no --save_strategy no --report_to none --output_dir "$work/run-$2"
 }
 
-stage_tests() { "$python" -m pytest -m gpu; }
+stage_tests() { "$python" -m pytest tests/test_gpu.py -m gpu -n 4 --dist load --durations 10; }
 
 stage_demo() {
   "$python" -m qlora_dpo demo --output_dir "$work/demo" && cp "$work/demo/metrics.json" "$results/gpu_demo.json"

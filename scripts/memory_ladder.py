@@ -118,11 +118,15 @@ def rungs(trainer: Any, tokens: int, pairs: int) -> Iterator[Rung]:
 
 
 def loaded_otherwise(config: PreTrainedConfig) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Options that a model is loaded with: what they are called, of the loader and trainer, and of the plan."""
-    if not config.tie_word_embeddings:
+    """Options that a model is loaded with: what they are called, of the loader and trainer, and of the plan.
+
+    The head of a model that was saved in 4 bit stays as it was saved.
+    """
+    own_head = not config.tie_word_embeddings
+    if own_head and getattr(config, "quantization_config", None) is None:
         yield "and quantize_head", {"quantize_head": True}, {"quantize_head": True}
-        if ON_GPU:
-            yield "and embeddings_on_cpu", {"embeddings_on_cpu": True}, {"embeddings_on_cpu": True}
+    if own_head and ON_GPU:
+        yield "and embeddings_on_cpu", {"embeddings_on_cpu": True}, {"embeddings_on_cpu": True}
     if ON_GPU:
         yield "and optim=adamw_8bit", {"optim": "adamw_8bit"}, {"optim": "adamw_8bit"}
 
@@ -145,9 +149,8 @@ def row(found: Rung, config: PreTrainedConfig, tokens: int, held_bytes: int) -> 
     }
 
 
-def measure(model: str, config: PreTrainedConfig, all_tokens: Sequence[int], pairs: int) -> list[dict[str, Any]]:
+def measure(model: str, config: PreTrainedConfig, all_tokens: Sequence[int], pairs: int) -> Iterator[dict[str, Any]]:
     """Every option at every number of tokens."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for options in (None, *loaded_otherwise(config)):
             name, loading, planned = options or ("", {}, {})
@@ -156,12 +159,11 @@ def measure(model: str, config: PreTrainedConfig, all_tokens: Sequence[int], pai
             size = held(trainer)
             for tokens in all_tokens:
                 if options is None:
-                    rows += [row(rung, config, tokens, size) for rung in rungs(trainer, tokens, pairs)]
+                    yield from (row(rung, config, tokens, size) for rung in rungs(trainer, tokens, pairs))
                     continue
                 checkpoint_activations(trainer.model)
-                rows.append(row((name, planned, step_bytes(trainer, tokens, pairs)), config, tokens, size))
+                yield row((name, planned, step_bytes(trainer, tokens, pairs)), config, tokens, size)
             del trainer
-    return sorted(rows, key=lambda row: row["tokens"])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -189,14 +191,15 @@ def main() -> None:
             random_model(config, folder)
         else:
             config = AutoConfig.from_pretrained(args.model)
-        rows = measure(args.model or folder, config, args.tokens, args.pairs)
-    print(table(rows))
-    if args.output:
-        found = surroundings() | {"model": args.model or "llama-41m", "pairs": args.pairs, "rows": rows}
-        if ON_GPU:
-            free, total = torch.cuda.mem_get_info()
-            found |= {"context_bytes": total - free - torch.cuda.memory_reserved()}
-        Path(args.output).write_text(json.dumps(found, indent=2) + "\n")
+        found = surroundings() | {"model": args.model or "llama-41m", "pairs": args.pairs, "rows": []}
+        for measured in measure(args.model or folder, config, args.tokens, args.pairs):
+            found["rows"] = sorted([*found["rows"], measured], key=lambda row: row["tokens"])
+            if ON_GPU:
+                free, total = torch.cuda.mem_get_info()
+                found["context_bytes"] = total - free - torch.cuda.memory_reserved()
+            if args.output:  # after each, as the next one may fail
+                Path(args.output).write_text(json.dumps(found, indent=2) + "\n")
+    print(table(found["rows"]))
 
 
 if __name__ == "__main__":

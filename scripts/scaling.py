@@ -23,6 +23,7 @@ from transformers import BitsAndBytesConfig
 from qlora_dpo import load_policy
 from qlora_dpo.forward import install_scoring, to_device
 from qlora_dpo.layouts import Group, make_batch
+from qlora_dpo.lean import use_lean_layers
 from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.objective import make_objective
 from qlora_dpo.reference import BaseReference
@@ -49,7 +50,8 @@ def seconds(step: Step, model: Any, groups: Sequence[Group], device: torch.devic
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    losses, _ = step.losses(model, batch)
+    with torch.autocast(device.type, torch.bfloat16, enabled=model.dtype is torch.bfloat16):
+        losses, _ = step.losses(model, batch)
     losses.mean().backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -87,6 +89,7 @@ def main() -> None:
     policy = load_policy(args.model, quantization_config=quantization, dtype=dtype)
     install_scoring(policy.get_base_model())
     use_fast_lora(policy)
+    use_lean_layers(policy)
     policy.train()
     device = policy.device
     vocabulary = policy.config.get_text_config().vocab_size

@@ -13,7 +13,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from qlora_dpo import QLoRADPOTrainer, kernels, load_policy, score_completions
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.kernels import FLASH_ATTN, FLEX, VARLEN, Case, Recipe, by_segment, choose
-from qlora_dpo.layouts import LAYOUTS, Group, make_batch
+from qlora_dpo.layouts import LAYOUTS, Group, Segment, make_batch
 from qlora_dpo.lean import use_lean_layers
 from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.offload import activations_moved
@@ -126,17 +126,34 @@ def test_one_kernel_call_is_as_exact_as_the_loop_in_bf16(name, layout, window, h
     assert_as_exact_as_the_loop(name, segments, Recipe(0.11, window), torch.bfloat16, heads, size)
 
 
-@pytest.mark.parametrize("layout", ["tree", "packed"])
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "window", "softcap", "sinks", "dtype"),
+    [
+        ("tree", None, None, False, torch.float32),
+        ("packed", 50, None, False, torch.bfloat16),
+        ("tree", 50, 5.0, False, torch.bfloat16),
+        ("packed", None, 5.0, False, torch.float32),
+        ("tree", None, None, True, torch.bfloat16),
+        ("packed", 50, None, True, torch.float32),
+        ("tree", 50, 5.0, True, torch.float32),
+        ("packed", None, 5.0, True, torch.bfloat16),
+    ],
+)
 def test_flex_attention_is_as_exact_as_the_loop(layout, window, softcap, sinks, dtype):
-    """With soft-cap and sinks, whose gradient is compared too."""
+    """With soft-cap and sinks, whose gradient is compared too; every two of the choices meet, as each is compiled."""
     require(FLEX, attention_case(dtype, (4, 2), 64, sinks, softcap))
     segments = make_batch(random_groups(2, scale=40), layout)["segments"]
     recipe = Recipe(None, window, 0.0, softcap, torch.linspace(-1, 1, 4) if sinks else None)
     assert_as_exact_as_the_loop(FLEX, segments, recipe, dtype, (4, 2), 64)
+
+
+@pytest.mark.parametrize("length", [9, 100])
+@pytest.mark.parametrize("heads", [(8, 2), (16, 1)])
+def test_flex_attention_takes_rows_of_less_than_a_block(heads, length):
+    """PyTorch has another kernel for them, which would not compile for these numbers of heads."""
+    require(FLEX, attention_case(torch.float32, heads, 64))
+    segments = [Segment(0, length - 4), Segment(length - 4, 4, 0, 3)]
+    assert_as_exact_as_the_loop(FLEX, segments, Recipe(), torch.float32, heads, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
