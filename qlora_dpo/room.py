@@ -47,12 +47,17 @@ def host_memory() -> int:
 
     Half of what is free, as other programs need some too, shared with the other processes of the training.
     """
+    return psutil.Process().memory_info().rss + spare_host_memory()
+
+
+def spare_host_memory() -> int:
+    """Bytes of CPU memory that this process can get beside what it has."""
     free = psutil.virtual_memory().available
     for names in CONTAINER_FILES:
         with contextlib.suppress(OSError, ValueError):  # no such file, or no limit in it
             limit, used = (int(Path(CONTAINER, name).read_text()) for name in names)
             free = min(free, limit - used)
-    return psutil.Process().memory_info().rss + max(free, 0) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(free, 0) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def memory_of(device: torch.device) -> int | None:

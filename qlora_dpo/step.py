@@ -22,6 +22,7 @@ from qlora_dpo.logps import STATISTICS, sum_by_completion
 from qlora_dpo.metrics import pair_table
 from qlora_dpo.objective import Objective, RunningMean
 from qlora_dpo.reference import AverageReference, LiveReference, Reference
+from qlora_dpo.remembered import Remembered
 from qlora_dpo.scores import Scores, scores_of_sides, sides_table
 
 
@@ -58,24 +59,39 @@ class Step:
         return {"logps": torch.tensor(batch["ref_logps"], dtype=torch.float32, device=batch["yw_idxs"].device)}
 
     def scores(
-        self, model: nn.Module, batch: dict[str, Any], divergence: bool = False
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        divergence: bool = False,
+        remembered: Remembered | None = None,
     ) -> tuple[Scores, dict[str, Tensor]]:
         """Log-probabilities of a batch under reference and policy, and the policy's token values.
 
         With `divergence` those hold the exact `KL` of each token's distribution from the reference's, where both passes
-        go through one plain head; that costs two more passes through it.
+        go through one plain head; that costs two more passes through it. What is remembered of a reference that stays
+        as it is is not computed again.
         """
-        live = self.reference if divergence and "ref_logps" not in batch else None
-        if isinstance(live, LiveReference) and has_plain_head(live.policy.get_base_model()):
-            reference = live(model, batch, (ROWS,))
-        else:
-            reference = self.compared(model, batch)
+
+        def compared() -> dict[str, Tensor]:
+            live = self.reference if divergence and not given else None
+            if isinstance(live, LiveReference) and has_plain_head(live.policy.get_base_model()):
+                return live(model, batch, (ROWS,))
+            return self.compared(model, batch)
+
+        given = "ref_logps" in batch
+        reference = compared() if remembered is None or given else remembered.of(batch, divergence, compared)
         tokens = score_batch(model, batch, self._statistics, self.chunk_size, reference.get(ROWS))
         return _scores_of(batch, reference, tokens), tokens
 
-    def losses(self, model: nn.Module, batch: dict[str, Any], divergence: bool = False) -> tuple[Tensor, Tensor]:
+    def losses(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        divergence: bool = False,
+        remembered: Remembered | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """`(T,)` losses of a batch's pairs, and its pair table."""
-        scores, tokens = self.scores(model, batch, divergence)
+        scores, tokens = self.scores(model, batch, divergence, remembered)
         losses = self._with_router(self.objective(scores, self.bco_delta.mean), scores, tokens)
         return losses, self._table(batch, scores, losses, tokens)
 

@@ -60,12 +60,14 @@ from qlora_dpo.record import read_record
 from qlora_dpo.reference import (
     GIVEN,
     AverageReference,
+    LiveReference,
     ModelReference,
     starts_at,
     warn_of_itself,
 )
+from qlora_dpo.remembered import Remembered
 from qlora_dpo.resuming import check_same_run, check_within_first_pass, run_facts
-from qlora_dpo.room import budget_for, kept_layers_for
+from qlora_dpo.room import budget_for, kept_layers_for, spare_host_memory
 from qlora_dpo.sampling import filled, replaced
 from qlora_dpo.saving import SavingTrainer
 from qlora_dpo.step import Step
@@ -145,6 +147,7 @@ class QLoRADPOTrainer(SavingTrainer):
         self.layout_proof: LayoutProof | None = None
         self._proven = False
         self._records: PairRecords | None = None
+        self._remembered: Remembered | None = None
         self.last_pairs: GatheredPairs | None = None
         self.prepared = Preparation(args, objective, tokenizer, reference)
         self.data_reports = self.prepared.reports
@@ -296,7 +299,15 @@ class QLoRADPOTrainer(SavingTrainer):
         self.forget_log()
         self._loaded_step = None
         self._judged_at.clear()  # of other weights
-        return super().train(checkpoint, *args, **kwargs)
+        with replaced(self, "_remembered", self._memory()):
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _memory(self) -> Remembered | None:
+        """What the evaluations of a training remember of the reference; None of one that moves or that is on disk."""
+        moves = isinstance(self.reference, AverageReference)
+        if moves or self.sharded or not isinstance(self.reference, (LiveReference, ModelReference)):
+            return None  # processes that share a model score together, or wait for each other
+        return Remembered(spare_host_memory() // 2)
 
     def _complete_checkpoint(self, asked: str | bool | None) -> str | None:
         """The checkpoint to go on from, which the first process finds for all."""
@@ -431,7 +442,7 @@ class QLoRADPOTrainer(SavingTrainer):
 
     def _judged(self, model: nn.Module, piece: dict[str, Any]) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.step.losses(model, self._prepare_inputs(piece), self.args.eval_kl)
+            return self.step.losses(model, self._prepare_inputs(piece), self.args.eval_kl, self._remembered)
 
 
 def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:

@@ -40,6 +40,7 @@ LAYERS = [
         "data_report",
         "sampling",
         "budget",
+        "remembered",
     },
     {"config"},
     {"model", "forward"},

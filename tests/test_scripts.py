@@ -142,7 +142,13 @@ def test_the_gpu_check_goes_through_every_stage_and_makes_each_shape_once(gpu_ch
     ]
     assert [f"{size.lower()}-{recipe.split('-', 1)[1]}" for size, recipe in capped] == [name for _, name in capped]
     assert len(capped) == 3
-    for script in ("pytest tests/test_gpu.py -m gpu", "qlora_dpo demo", "memory_ladder.py", "bench_vs_trl.py", "scaling.py"):
+    for script in (
+        "pytest tests/test_gpu.py -m gpu",
+        "qlora_dpo demo",
+        "memory_ladder.py",
+        "bench_vs_trl.py",
+        "scaling.py",
+    ):
         assert any(script in call for call in calls), script
 
 
