@@ -1,5 +1,8 @@
 """The ends of a run that are neither a bad value nor a bug: the message says how to put things right, or go on."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 _WORDS = "out of memory", "can't allocate memory", "cublas_status_alloc_failed"
@@ -19,6 +22,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(said in words for said in _WORDS)
     )
+
+
+@contextlib.contextmanager
+def memory_said(when: str, way_out: str) -> Iterator[None]:
+    """Where memory runs out in the block, one error that says when, and the way out.
+
+    Raises:
+        OutOfMemoryError: In place of the allocator's own.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        got = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OutOfMemoryError(f"Memory ran out {when}, got: {got}. {way_out}") from error
 
 
 class PushError(FixableError):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from qlora_dpo.blockwise import blockwise_attention
+from qlora_dpo.errors import is_out_of_memory
 from qlora_dpo.layouts import Segment
 from qlora_dpo.segments import Packed, RowPlan, expanded, keys_of
 
@@ -424,9 +425,9 @@ def trial(name: str, case: Case) -> str | None:
         cotangent = draw(1, length, heads, value_size)
         try:
             found = _value_and_gradients(IMPLEMENTATIONS[name], segments, inputs, cotangent, asked)
-        except torch.OutOfMemoryError:
-            raise  # says nothing about the kernel
         except Exception as error:
+            if is_out_of_memory(error):  # says nothing about the kernel
+                raise
             return f"{type(error).__name__}: {error}"
         truth = _value_and_gradients(by_segment, segments, [x.float() for x in inputs], cotangent.float(), asked)
         for ours, theirs in zip(found, truth, strict=True):

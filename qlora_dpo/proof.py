@@ -13,10 +13,10 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from qlora_dpo.errors import FixableError, OutOfMemoryError, is_out_of_memory
+from qlora_dpo.errors import FixableError, is_out_of_memory
 from qlora_dpo.forward import noise_off, score_batch, to_device
 from qlora_dpo.four_bit_head import called_by_pieces
-from qlora_dpo.layouts import Group, group_of, make_batch
+from qlora_dpo.layouts import Group, group_of, make_batch, positions
 from qlora_dpo.logits import widen
 
 SAMPLE = 2048
@@ -105,26 +105,14 @@ def _row_by_row(model: nn.Module, groups: Sequence[Group], device: torch.device)
     return torch.stack(alone), torch.stack(spread)
 
 
-def prove_layout(
-    model: nn.Module, groups: Sequence[Group], layout: str, device: torch.device, max_tokens: int | None = None
-) -> LayoutProof:
-    """Score groups in a layout and row by row, without gradient, and compare.
+def _yardstick(model: nn.Module, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, float]:
+    """`(B,)` logps with every completion scored alone, and how far a layout that holds may be from them, in nats.
 
     The yardstick is what `padded` itself differs by in this dtype: the same two rows alone, together, and together in
     the other order. Where that is nothing at all (short rows on some CPUs), a few roundings of each token's
     log-probability, added up like a random walk, stand in for it. Over 27 tiny models in units of one such rounding,
     layouts that hold were within 5 in fp32 and 1 in bf16 (but for the expert choices of gpt-oss), those that do not
     were at 580,000 and 9 or more.
-
-    Args:
-        model: A model prepared by `install_scoring`.
-        groups: Groups to score: the longest at hand and a short one.
-        layout: `tree` or `packed`.
-        device: The model's device.
-        max_tokens: Most positions of one forward; None for no limit.
-
-    Returns:
-        The proof, with both numbers.
     """
     with torch.no_grad(), noise_off(model):
         alone, spread = _row_by_row(model, groups, device)
@@ -133,19 +121,57 @@ def prove_layout(
         swapped = replace(two, completion_ids=two.completion_ids[::-1])
         together = score_batch(model, to_device(make_batch([two], "padded"), device))["logps"]
         reordered = score_batch(model, to_device(make_batch([swapped], "padded"), device))["logps"].flip(0)
-        noise = max((together - reordered).abs().max().item(), (together - alone[:2]).abs().max().item())
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        roundings = 1 if dtype in (torch.bfloat16, torch.float16) else 4
-        tolerance = 4 * max(noise, roundings * torch.finfo(dtype).eps * spread.max().item())
-        try:
-            batch = make_batch(groups, layout, max_tokens=max_tokens)
-            tried = score_batch(model, to_device(batch, device))["logps"]
-        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-            if is_out_of_memory(error):  # says nothing about the layout
-                raise
-            return LayoutProof(layout, float("inf"), tolerance, f"{type(error).__name__}: {error}")
-        difference = (tried - alone).abs().max().item()
+    noise = max((together - reordered).abs().max().item(), (together - alone[:2]).abs().max().item())
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    roundings = 1 if dtype in (torch.bfloat16, torch.float16) else 4
+    return alone, 4 * max(noise, roundings * torch.finfo(dtype).eps * spread.max().item())
+
+
+def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device: torch.device) -> LayoutProof:
+    """Score groups in a layout and row by row, without gradient, and compare.
+
+    Args:
+        model: A model prepared by `install_scoring`.
+        groups: Groups to score, in one forward: the longest at hand and a short one.
+        layout: `tree` or `packed`.
+        device: The model's device.
+
+    Returns:
+        The proof, with both numbers.
+    """
+    alone, tolerance = _yardstick(model, groups, device)
+    try:
+        with torch.no_grad(), noise_off(model):
+            tried = score_batch(model, to_device(make_batch(groups, layout), device))["logps"]
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):  # says nothing about the layout
+            raise
+        return LayoutProof(layout, float("inf"), tolerance, f"{type(error).__name__}: {error}")
+    difference = (tried - alone).abs().max().item()
     return LayoutProof(layout, difference if difference == difference else float("inf"), tolerance)
+
+
+def shortened(groups: Sequence[Group], max_tokens: int | None) -> list[Group]:
+    """The groups with fewer and shorter completions and shorter prompts, where a forward would not hold them whole.
+
+    Not cut into several forwards: a completion alone with its prompt would prove nothing of a row that branches. Two
+    completions of each stay, with three tokens at least, in a tree.
+    """
+    found = list(groups)
+    if max_tokens is None or positions(found, "tree") <= max_tokens:
+        return found
+    found = [replace(group, completion_ids=list(group.completion_ids[:2]), pairs=[]) for group in found]
+    if positions(found, "tree") <= max_tokens:
+        return found
+    share = max_tokens // len(found)
+    return [
+        replace(
+            group,
+            prompt_ids=group.prompt_ids[-max(1, share // 2) :],
+            completion_ids=[ids[: max(3, share // 4)] for ids in group.completion_ids],
+        )
+        for group in found
+    ]
 
 
 def beyond_window(groups: Sequence[Group], window: int | None, max_length: int | None) -> list[Group]:
@@ -176,7 +202,7 @@ def attention_span(config: PreTrainedConfig) -> int | None:
 
 
 def choose_layout(
-    model: nn.Module, groups: Sequence[Group], asked: str, device: torch.device, max_tokens: int | None = None
+    model: nn.Module, groups: Sequence[Group], asked: str, device: torch.device
 ) -> tuple[str, LayoutProof | None]:
     """The layout to use: the one asked for, or for `auto` the tree if it proves equal to one row at a time.
 
@@ -188,7 +214,6 @@ def choose_layout(
         groups: What to prove it on.
         asked: The option `batch_layout`.
         device: The model's device.
-        max_tokens: Most positions of one forward; None for no limit.
 
     Returns:
         The layout, and its proof (None for `padded`, which is the truth).
@@ -196,7 +221,7 @@ def choose_layout(
     if asked == "padded":
         return asked, None
     layout = "tree" if asked == "auto" else asked
-    proof = prove_layout(model, groups, layout, device, max_tokens)
+    proof = prove_layout(model, groups, layout, device)
     if proof.holds:
         return layout, proof
     outcome = "falls back to" if asked == "auto" else "does not equal"
@@ -281,8 +306,7 @@ def check_start(
     """
     margin = start_margin(model, compared, groups, layout, device, chunk_size, max_tokens)
     if expected:
-        allowed = prove_layout(model, groups, layout, device, max_tokens).tolerance if rounds else 0.0
-        require_margin(margin, allowed)
+        require_margin(margin, _yardstick(model, groups, device)[1] if rounds else 0.0)
     return margin
 
 
@@ -323,21 +347,8 @@ def prove_model(
 
     Returns:
         The layout, and its proof (None for `padded`).
-
-    Raises:
-        OutOfMemoryError: If there is not even room to score these groups.
     """
     check_vocabulary(model.get_input_embeddings().weight.shape[0], groups)
+    check_logit_rule(model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
     span = attention_span(model.config.get_text_config())
-    tried = beyond_window(groups, span, max_length)
-    try:
-        check_logit_rule(model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
-        return choose_layout(model, tried, asked, device, max_tokens)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(
-            f"Memory ran out on the first rows, before any training (row {groups[0].row} of the data is the longest of "
-            f"them), got: {(str(error).splitlines() or [type(error).__name__])[0]}. Lower `max_length` or "
-            "`max_tokens_per_forward`; `qlora-dpo plan` says what each option saves."
-        ) from error
+    return choose_layout(model, beyond_window(shortened(groups, max_tokens), span, max_length), asked, device)

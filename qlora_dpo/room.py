@@ -37,7 +37,7 @@ def card_memory(device: torch.device) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     mine = torch.cuda.memory_reserved(device)
-    share = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    share = int(total * torch.cuda.get_per_process_memory_fraction(device.index))  # None is the current one
     context = MemoryOptions().device_context_bytes  # which counts in a plan, as does what is mine
     return int((1 - MARGIN) * (min(free + mine, share) + context))
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, json_row, sequences
+from qlora_dpo.errors import memory_said
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.lean import use_lean_layers
@@ -220,7 +221,8 @@ def _unfit(wholes: list[list[int]], boundary: int, limit: int | None) -> str | N
 
 def _logps(scorer: Scorer, groups: list[Group]) -> list[list[tuple[float, float]]]:
     """Log-probabilities under policy and reference, in nats, of the completions of each group."""
-    with torch.no_grad(), scorer.autocast():
+    smaller = memory_said("while rows were scored", "Use a smaller `batch_size`, or set `max_length`.")
+    with torch.no_grad(), scorer.autocast(), smaller:
         if scorer.layout is None:
             scorer.layout = _proven_layout(scorer, groups)
         batch = to_device(make_batch(groups, scorer.layout, scorer.tokenizer.pad_token_id), scorer.device)

@@ -43,6 +43,7 @@ from qlora_dpo.data import (
     VALUE_COLUMNS,
     as_named,
 )
+from qlora_dpo.errors import memory_said
 from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.generations import SampleGenerations
@@ -219,7 +220,7 @@ class QLoRADPOTrainer(SavingTrainer):
             return
         groups, asked = self._sample(), self.args.batch_layout
         limits = self.args.max_length, self.args.device, self.data_collator.max_tokens
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), memory_said(*_AT_THE_START):
             layout, self.layout_proof = prove_model(self.model, groups, asked, *limits)
             if isinstance(self.reference, ModelReference):
                 other = self.reference.placed_on(self.args.device)
@@ -238,7 +239,7 @@ class QLoRADPOTrainer(SavingTrainer):
         self._start_checked = True
         args, layout, rounds = self.args, self.data_collator.layout, isinstance(self.reference, CachedReference)
         expected = self.starts_at_reference and not self.given
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), memory_said(*_AT_THE_START):
             how = self.step.compared, self._sample(), layout, args.device, expected, rounds
             margin = check_start(self.model, *how, args.logps_chunk_size, self.data_collator.max_tokens)
         if args.process_index == 0:
@@ -443,6 +444,12 @@ class QLoRADPOTrainer(SavingTrainer):
     def _judged(self, model: nn.Module, piece: dict[str, Any]) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.step.losses(model, self._prepare_inputs(piece), self.args.eval_kl, self._remembered)
+
+
+_AT_THE_START = (
+    "on the first rows, which are scored before anything else",
+    "Lower `max_length` or `max_tokens_per_forward`; `qlora-dpo plan` says what each option saves.",
+)
 
 
 def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:

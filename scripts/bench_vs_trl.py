@@ -258,13 +258,20 @@ def load_model(work: Work) -> PreTrainedModel:
 
 
 def load_unsloth(work: Work) -> PreTrainedModel:
-    """The same base as Unsloth loads it, with its kernels, under its adapter."""
+    """The same base as Unsloth loads it, with its kernels."""
     from unsloth import FastLanguageModel, PatchDPOTrainer
 
     PatchDPOTrainer()
     model, _ = FastLanguageModel.from_pretrained(
         work.model, max_seq_length=work.max_length, dtype=getattr(torch, work.dtype), load_in_4bit=True
     )
+    return model
+
+
+def with_unsloths_adapter(model: PreTrainedModel, work: Work) -> PreTrainedModel:
+    """The base under Unsloth's adapter."""
+    from unsloth import FastLanguageModel
+
     lora = default_lora()
     return FastLanguageModel.get_peft_model(
         model,
@@ -353,6 +360,8 @@ def run_one(side: str, work: Work) -> dict[str, Any]:
     """A run from loading the model to the last step, measured."""
     model = load_unsloth(work) if side == UNSLOTH else load_model(work)
     loaded = memory_now()
+    if side == UNSLOTH:
+        model = with_unsloths_adapter(model, work)
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(side, work, model, folder)

@@ -62,8 +62,11 @@ def main(words: Sequence[str] | None = None) -> int:
     free, total = torch.cuda.mem_get_info()
     context, card = total - free - torch.cuda.memory_reserved(), parse_bytes(args.gpu)
     torch.cuda.set_per_process_memory_fraction(share_of(card, total, context))
-    start = time.perf_counter()
-    status = qlora_dpo(args.command)
+    start, status = time.perf_counter(), None
+    try:
+        status = qlora_dpo(args.command)
+    except torch.OutOfMemoryError as error:  # while the model is loaded
+        print(error, file=sys.stderr)
     reserved = torch.cuda.max_memory_reserved()
     found = surroundings() | {
         "status": status,
@@ -73,12 +76,12 @@ def main(words: Sequence[str] | None = None) -> int:
         "max_reserved_bytes": reserved,
         "taken_bytes": context + reserved,
         "seconds": time.perf_counter() - start,
-        "log": log_of(args.command),
+        "log": log_of(args.command) if status == 0 else None,
     }
     print(f"status {status}; {found['taken_bytes'] / GIB:.2f} of {card / GIB:.2f} GiB taken, context included")
     if args.output:
         Path(args.output).write_text(json.dumps(found, indent=2) + "\n")
-    return status
+    return 1 if status is None else status
 
 
 if __name__ == "__main__":

@@ -17,16 +17,17 @@ if [ $# -lt 2 ]; then
   sed -n '2,15s/^# \{0,1\}//p' "$0"
   exit 2
 fi
-data=$(realpath "$1") tokenizer=$2
+data=$(realpath -e "$1") || exit 2
+tokenizer=$2
 [ -d "$tokenizer" ] && tokenizer=$(realpath "$tokenizer")
 shift 2
-stages=${*:-tests demo memory capped bench scaling large}
-cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3}
-results=scripts/results
+python=$(command -v "${PYTHON:-python3}") && python=$(realpath -s "$python") || exit 2
 work=${WORK_DIR:-$(mktemp -d)}
 [ -n "${WORK_DIR:-}" ] || trap 'rm -rf "$work"' EXIT
-mkdir -p "$results" "$work"
+mkdir -p "$work" && work=$(realpath "$work") || exit 2
+cd "$(dirname "$0")/.." || exit 2
+results=scripts/results
+mkdir -p "$results"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TORCHINDUCTOR_COMPILE_THREADS=2
 
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 2
@@ -66,11 +67,11 @@ stage_memory() {
 stage_capped() { capped 8gb-llama-3.1-8b llama-3.1-8b 8GB; }
 
 stage_bench() {
-  local model unsloth=()
+  local model unsloth=
   model=$(shape llama-3.1-8b) || return 1
-  "$python" -c 'import importlib.util as u; raise SystemExit(u.find_spec("unsloth") is None)' && unsloth=(--unsloth)
+  "$python" -c 'import importlib.util as u; raise SystemExit(u.find_spec("unsloth") is None)' && unsloth=--unsloth
   # shellcheck disable=SC2086  # options are words
-  "$python" scripts/bench_vs_trl.py --data "$data" --model "$model" --max_length 2048 "${unsloth[@]}" ${BENCH:-} \
+  "$python" scripts/bench_vs_trl.py --data "$data" --model "$model" --max_length 2048 $unsloth ${BENCH:-} \
     --output "$results/gpu_bench.json"
 }
 
@@ -89,6 +90,10 @@ stage_large() {
   return $status
 }
 
+stages=${*:-tests demo memory capped bench scaling large}
+for stage in $stages; do
+  declare -F "stage_$stage" > /dev/null || { echo "there is no stage $stage"; exit 2; }
+done
 failed=()
 for stage in $stages; do
   echo "== $stage"

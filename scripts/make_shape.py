@@ -91,7 +91,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="folder or id of a tokenizer whose ids the vocabulary holds")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    config = built_in_config(args.config) if args.config in BUILT_IN else AutoConfig.from_pretrained(args.config)
+    built_in = args.config.lower() in BUILT_IN
+    config = built_in_config(args.config) if built_in else AutoConfig.from_pretrained(args.config)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

@@ -79,6 +79,7 @@ def step_bytes(trainer: Any, tokens: int, pairs: int, budget: int | None = None)
         for piece in sample["pieces"]:  # not `training_step`, which makes do with less where memory runs out
             loss = trainer.compute_loss(trainer.model_wrapped, trainer._prepare_inputs(piece), False, pairs)
             trainer.accelerator.backward(loss)
+            del loss  # what its graph holds must not lie beside the next forward
 
     if "parts" in sample["pieces"][0]:
         raise ValueError(f"`--tokens` must leave whole groups in a budget of {budget}, got {tokens}. Take more pairs.")

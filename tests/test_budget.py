@@ -71,13 +71,13 @@ def test_the_checks_at_the_start_keep_to_the_token_budget(tokenizer, make_args, 
     assert trainer.data_collator.layout == "tree"
 
 
-@pytest.mark.parametrize("layout", ["auto", "tree"])
+@pytest.mark.parametrize("layout", ["auto", "tree", "packed", "padded"])
 def test_no_room_for_the_checks_at_the_start_is_said_and_no_fault_of_the_layout(
     tokenizer, make_args, monkeypatch, layout
 ):
     trainer, _ = run(tokenizer, make_args, batch_layout=layout)
     Memory(monkeypatch, 30)
-    with pytest.raises(OutOfMemoryError, match=r"before any training \(row \d.*got: CUDA out of memory.*Lower"):
+    with pytest.raises(OutOfMemoryError, match=r"scored before anything else, got: CUDA out of memory.*Lower"):
         ready(trainer)
 
 

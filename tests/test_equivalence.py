@@ -8,9 +8,9 @@ from transformers import AttentionInterface
 
 from qlora_dpo.adapters import adapters_disabled
 from qlora_dpo.forward import install_scoring, score_batch
-from qlora_dpo.layouts import LAYOUTS, Group, make_batch
+from qlora_dpo.layouts import LAYOUTS, Group, make_batch, positions
 from qlora_dpo.losses import dpo_loss
-from qlora_dpo.proof import prove_layout
+from qlora_dpo.proof import prove_layout, prove_model, shortened
 from qlora_dpo.recompute import checkpoint_activations
 
 from reference_impl import completion_logps, groups_loss
@@ -133,6 +133,36 @@ def test_tokens_that_talk_along_the_row_fail_the_proof(name):
     proof = prove_layout(policy_of(name, torch.float32), as_groups(make_groups(seed=5)), "tree", CPU)
     assert not proof.holds
     assert proof.difference > 1e-2
+
+
+LONG_AND_SHORT = [
+    Group([*range(10, 40)], [[*range(10, 30)], [*range(20, 40)]], [(0, 1)]),
+    Group([*range(10, 15)], [[*range(11, 47)], [*range(12, 48)], [*range(9, 30)]], [(0, 1)]),
+]
+
+
+@pytest.mark.parametrize("budget", [12, 24, 55, 90, 120, None])
+@pytest.mark.parametrize("name", [*sorted(ROW_LOCAL), "llama", "gemma2"])
+def test_a_token_budget_leaves_the_proof_rows_that_branch(name, budget):
+    """Cut into forwards of one completion each, any model would pass."""
+    policy = policy_of(name, torch.float32)
+    if name not in ROW_LOCAL:
+        assert prove_model(policy, LONG_AND_SHORT, "auto", None, CPU, budget)[0] == "tree"
+        return
+    with pytest.warns(UserWarning, match="falls back to 'padded'"):
+        assert prove_model(policy, LONG_AND_SHORT, "auto", None, CPU, budget)[0] == "padded"
+
+
+@pytest.mark.parametrize("budget", [24, 55, 90, 120, 148])
+def test_what_is_proven_within_a_budget_fits_it_and_branches(budget):
+    """From 24 positions on, as three tokens of each of two completions are always left."""
+    groups = shortened(LONG_AND_SHORT, budget)
+    assert positions(groups, "tree") <= budget
+    for group, whole in zip(groups, LONG_AND_SHORT, strict=True):
+        assert len(group.completion_ids) >= 2
+        assert min(len(ids) for ids in group.completion_ids) >= 3
+        assert whole.prompt_ids[-len(group.prompt_ids) :] == group.prompt_ids
+    assert shortened(LONG_AND_SHORT, positions(LONG_AND_SHORT, "tree")) == LONG_AND_SHORT
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral"])

@@ -38,9 +38,12 @@ def test_a_card_has_what_is_free_and_what_is_mine_or_the_share_that_pytorch_is_h
     """10 GiB with 6 free and 2 held by this process's allocator; 1 GiB of context counts in every plan."""
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (6 * GIB, 10 * GIB))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 2 * GIB)
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     for share, gib in ((1.0, 8), (0.5, 5), (0.9, 8)):
-        monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda device, share=share: share)
-        assert card_memory(CUDA) == int(0.9 * (gib + 1) * GIB)
+        monkeypatch.setattr("torch._C._cuda_getMemoryFraction", lambda index, share=share: share, raising=False)
+        for device in (CUDA, torch.device("cuda:0")):
+            assert card_memory(device) == int(0.9 * (gib + 1) * GIB)
 
 
 def test_layers_are_kept_in_half_of_the_free_memory_of_a_cpu(base_folder, make_args, monkeypatch):

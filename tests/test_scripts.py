@@ -76,13 +76,31 @@ def test_a_capped_run_leaves_the_context_its_place_and_keeps_the_log(capped_run,
     module, shares = capped_run
     (tmp_path / "trainer_state.json").write_text('{"log_history": [{"loss": 0.5}]}')
     ran = []
-    monkeypatch.setattr(module, "qlora_dpo", lambda words: ran.append(words) or 3)
+    monkeypatch.setattr(module, "qlora_dpo", lambda words: ran.append(words) or 0)
     output, command = tmp_path / "capped.json", ["train", "--output_dir", str(tmp_path)]
-    assert module.main(["--gpu", "8GB", "--output", str(output), "--", *command]) == 3
+    assert module.main(["--gpu", "8GB", "--output", str(output), "--", *command]) == 0
     assert (ran, shares) == ([command], [0.7])
     found = json.loads(output.read_text())
-    assert (found["status"], found["taken_bytes"], found["log"]) == (3, 4 * GIB, [{"loss": 0.5}])
+    assert (found["status"], found["taken_bytes"], found["log"]) == (0, 4 * GIB, [{"loss": 0.5}])
     assert "4.00 of 8.00 GiB taken" in capsys.readouterr().out
+
+
+def test_what_was_taken_is_kept_when_memory_runs_out_and_an_older_log_is_not_its(capped_run, tmp_path, monkeypatch):
+    module, _ = capped_run
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"loss": 0.5}]}')
+
+    def full(words):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "qlora_dpo", full)
+    output = tmp_path / "capped.json"
+    words = ["--gpu", "8GB", "--output", str(output), "--", "train", "--output_dir", str(tmp_path)]
+    assert module.main(words) == 1
+    found = json.loads(output.read_text())
+    assert (found["status"], found["taken_bytes"], found["log"]) == (None, 4 * GIB, None)
+    monkeypatch.setattr(module, "qlora_dpo", lambda words: 2)
+    assert module.main(words) == 2
+    assert json.loads(output.read_text())["log"] is None
 
 
 @pytest.mark.parametrize("size", ["1GB", "11GB"])
@@ -123,7 +141,7 @@ def gpu_check(tmp_path, monkeypatch):
     def run(*stages, failing="nothing"):
         log.write_text("")
         surroundings = {"PYTHON": python, "LOG": log, "FAILING": failing, "WORK_DIR": tmp_path / "work"}
-        command = ["bash", str(tmp_path / "scripts" / "gpu_check.sh"), "pairs.jsonl", "words", *stages]
+        command = ["bash", str(tmp_path / "scripts" / "gpu_check.sh"), str(python), "words", *stages]  # a file as data
         environment = os.environ | {name: str(value) for name, value in surroundings.items()}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         return done.returncode, done.stdout, log.read_text().splitlines()
@@ -158,7 +176,12 @@ def test_a_stage_of_the_gpu_check_that_fails_is_said_and_the_next_one_runs(gpu_c
     assert "failed: scaling\n" in printed
     assert any("bench_vs_trl.py" in call and "--unsloth" in call for call in calls)
     assert gpu_check("demo", failing="get_device_name")[0] == 2
-    assert "--unsloth" not in "".join(gpu_check("bench", failing="find_spec")[2])
+    status, _, calls = gpu_check("bench", failing="find_spec")
+    assert status == 0
+    assert any("bench_vs_trl.py" in call and "--unsloth" not in call for call in calls)
+    status, printed, calls = gpu_check("tests", "testing")
+    assert (status, len(calls)) == (2, 1)  # the GPU was asked for, no stage was run
+    assert "there is no stage testing" in printed
 
 
 @pytest.mark.parametrize("recipe", [path.stem for path in sorted((SCRIPTS.parent / "examples/recipes").glob("*.yaml"))])
