@@ -104,6 +104,12 @@ class QLoRADPOTrainer(SavingTrainer):
 
     _tag_names = ["qlora-dpo", "dpo"]
     eval_dataset: Any
+    layout_proof: LayoutProof | None = None
+    last_pairs: GatheredPairs | None = None
+    _proven = False
+    _start_checked = False
+    _records: PairRecords | None = None
+    _remembered: Remembered | None = None
 
     def __init__(
         self,
@@ -136,7 +142,6 @@ class QLoRADPOTrainer(SavingTrainer):
             require_own_folder(args, policy, reference)
         step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
         self.starts_at_reference = starts_at(reference, policy)
-        self._start_checked = False
         if args.data_seed is None:
             args.data_seed = args.seed  # or else what torch was last seeded with decides the order of the groups
         if args.ddp_broadcast_buffers is None:
@@ -145,11 +150,6 @@ class QLoRADPOTrainer(SavingTrainer):
         if reentrant and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # it would mark what the recomputed layers use twice
         args.accelerator_config.dispatch_batches = False  # it would cut a stream's tensors by their first size
-        self.layout_proof: LayoutProof | None = None
-        self._proven = False
-        self._records: PairRecords | None = None
-        self._remembered: Remembered | None = None
-        self.last_pairs: GatheredPairs | None = None
         self.prepared = Preparation(args, objective, tokenizer, reference)
         self.data_reports = self.prepared.reports
         super().__init__(
