@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from qlora_dpo import score
 from qlora_dpo.__main__ import main
 from qlora_dpo.data import load_rows
+from qlora_dpo.errors import OutOfMemoryError
 from qlora_dpo.score import load_scorer, row_errors, score_completions, score_file
 
 from reference_impl import completion_logps
@@ -45,6 +46,17 @@ def scorer(adapter):
 
 def scored(scorer, rows, **options):
     return list(score_completions(scorer, rows, **options))
+
+
+def test_memory_that_runs_out_names_the_batch_size(scorer, monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("qlora_dpo.forward._score_part", full)
+    with pytest.raises(
+        OutOfMemoryError, match=r"while rows were scored, got: CUDA out of.*smaller `batch_size`"
+    ):
+        scored(scorer, RANKED)
 
 
 def naive_logps(policy, tokenizer, prompt, completion):
