@@ -53,9 +53,7 @@ def test_memory_that_runs_out_names_the_batch_size(scorer, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("qlora_dpo.forward._score_part", full)
-    with pytest.raises(
-        OutOfMemoryError, match=r"while rows were scored, got: CUDA out of.*smaller `batch_size`"
-    ):
+    with pytest.raises(OutOfMemoryError, match=r"while rows were scored, got: CUDA out of.*smaller `batch_size`"):
         scored(scorer, RANKED)
 
 
