@@ -4,8 +4,11 @@ Field names and defaults are those of TRL's `DPOConfig` where the concept is the
 honoured yet is accepted at its neutral value, so that scripts run, and refused at any other.
 """
 
+import functools
+import numbers
+import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -20,6 +23,9 @@ from qlora_dpo.preferences import PAIR_STRATEGIES
 
 BATCH_LAYOUTS = ("auto", *LAYOUTS)
 
+REFERENCES = ("auto", "base", "initial", "none")
+"""What `reference` may say beside the path or id of an adapter or a model."""
+
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "truncation_mode": ("keep_start",),
     "pad_to_multiple_of": (None, "auto"),
@@ -31,6 +37,7 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "bf16_full_eval": (False,),  # an evaluation would round the adapters for good
     "fp16_full_eval": (False,),
     "include_for_metrics": ([],),
+    "prediction_loss_only": (False,),  # an evaluation is all of its pairs
 }
 """Fields that are not honoured, with the values that ask for nothing: TRL's, and some of TrainingArguments."""
 
@@ -69,6 +76,11 @@ EVALUATION_FIELDS = (
 """Fields that change what one evaluation of a saved adapter does; its loss is the one it was trained with."""
 
 _COUNTS = (
+    "max_length",
+    "max_prompt_length",
+    "logps_chunk_size",
+    "max_tokens_per_forward",
+    "dataset_num_proc",
     "precompute_ref_batch_size",
     "ref_model_sync_steps",
     "ref_model_max_rank",
@@ -80,6 +92,44 @@ _MODIFIERS = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_w
 
 def _help(text: str, **more: Any) -> dict[str, Any]:
     return {"help": text, **more}
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a dict", list: "a list"}
+
+
+@functools.cache
+def _own_types() -> dict[str, set[type]]:
+    """The types that each field may have, of those that are declared here."""
+    hints = get_type_hints(QLoRADPOConfig)
+    own = {
+        name: hints[name] for name in QLoRADPOConfig.__annotations__ if not name.startswith("loss_")
+    }  # `Objective` checks those
+    return {
+        name: {get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) in _UNIONS else (hint,))}
+        for name, hint in own.items()
+    }
+
+
+_UNIONS = (types.UnionType, Union)
+
+
+def _accepts(kind: type) -> type:
+    """What an instance of which may stand for one of `kind`: numpy's numbers are numbers too."""
+    return {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+
+
+def _number(text: str, kinds: set[type]) -> Any:
+    """What the text of a field of such types stands for; the text itself if that is nothing.
+
+    >>> _number("5e-6", {float}), _number("12", {int, str}), _number("null", {int, types.NoneType})
+    (5e-06, 12, None)
+    """
+    if types.NoneType in kinds and text.lower() in ("none", "null"):
+        return None
+    try:
+        return float(text) if float in kinds else int(text)
+    except ValueError:
+        return text
 
 
 def best_precision() -> str:
@@ -273,6 +323,7 @@ class QLoRADPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._read_as_the_command_line_does()
+        self._check_types()
         self._set_device_and_precision()
         if getattr(self, "activation_checkpointing", False) is None:  # the newer name of the same field
             self.activation_checkpointing = self.gradient_checkpointing
@@ -288,17 +339,19 @@ class QLoRADPOConfig(TrainingArguments):
             self.loss_weights = [self.loss_weights]
         if not isinstance(self.loss_type, (list, tuple)):
             raise TypeError(f"`loss_type` must be a name or a list of them, got {self.loss_type!r}. Use 'sigmoid'.")
-        for name in ("keep_layers", "max_tokens_per_forward"):
+        for name, kinds in _own_types().items():
             text = getattr(self, name)
-            if isinstance(text, str) and (text.isdecimal() or text.lower() in ("none", "null")):
-                setattr(self, name, int(text) if text.isdecimal() else None)
-        for name in (*RANGES, "learning_rate", "ld_alpha", "f_alpha_divergence_coef", "ref_model_mixup_alpha"):
-            value = getattr(self, name, None)
-            if isinstance(value, str):
-                try:
-                    setattr(self, name, float(value))
-                except ValueError as error:
-                    raise TypeError(f"`{name}` must be a number, got {value!r}. Write it as one.") from error
+            if isinstance(text, str) and kinds & {int, float}:
+                setattr(self, name, _number(text, kinds))
+
+    def _check_types(self) -> None:
+        """Refuse a value that is not of its field's type."""
+        for name, kinds in _own_types().items():
+            value = getattr(self, name)
+            if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(map(_accepts, kinds))):
+                said = " or ".join(sorted(_WORDS[kind] for kind in kinds - {types.NoneType}))
+                said += " or None" if types.NoneType in kinds else ""
+                raise TypeError(f"`{name}` must be {said}, got {value!r}. Write it as one.")
 
     def _know_the_better_direction(self) -> None:
         """Whether a higher value of `metric_for_best_model` is better: Trainer takes all but losses for higher."""
@@ -325,42 +378,57 @@ class QLoRADPOConfig(TrainingArguments):
         self._check_choice("pair_strategy", self.pair_strategy, tuple(PAIR_STRATEGIES))
         if self.padding_free and self.batch_layout == "padded":
             raise ValueError("`padding_free` must be False with batch_layout='padded', got True. Drop one of them.")
-        if self.sample_generations < 0:
-            raise ValueError(f"`sample_generations` must be 0 or more, got {self.sample_generations}.")
         check_reference(self.objective, self.reference)
-        self._check_moving_reference()
+        self._check_reference_options()
+        self._check_samples()
         self._check_memory()
         self._leave_the_head_to_us()
         if isinstance(self.max_tokens_per_forward, str) and self.max_tokens_per_forward != "auto":
             raise ValueError(
-                f"`max_tokens_per_forward` must be a number, None or 'auto', got {self.max_tokens_per_forward!r}."
+                f"`max_tokens_per_forward` must be a number, None or 'auto', got {self.max_tokens_per_forward!r}. "
+                "Leave it out for 'auto'."
             )
-        for name in ("max_length", "max_prompt_length", "logps_chunk_size", "max_tokens_per_forward", *_COUNTS):
+        for name in _COUNTS:
             value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"`{name}` must be 1 or more, or None, got {value}.")
+            if not isinstance(value, str) and value is not None and value < 1:
+                none = ", or None" if types.NoneType in _own_types()[name] else ""
+                raise ValueError(f"`{name}` must be 1 or more{none}, got {value}. Leave it out for the default.")
 
-    def _check_moving_reference(self) -> None:
-        """Refuse what cannot go with a reference that moves, and its options without one."""
-        fields = self.__dataclass_fields__
+    def _check_samples(self) -> None:
+        """Refuse options of answers that nobody asked for."""
+        if self.sample_generations < 0:
+            raise ValueError(f"`sample_generations` must be 0 or more, got {self.sample_generations}. 0 is for none.")
+        if not self.sample_generations:
+            self._refuse_changed(("sample_generations_every", "sample_max_new_tokens"), "sample_generations above 0")
+
+    def _refuse_changed(self, names: tuple[str, ...], user: str) -> None:
+        """Refuse options that have no effect, as what uses them is off."""
+        for name in names:
+            default, value = self.__dataclass_fields__[name].default, getattr(self, name)
+            if value != default:
+                raise ValueError(
+                    f"`{name}` must be {default} without {user}, which uses it, got {value}. Leave it out."
+                )
+
+    def _check_reference_options(self) -> None:
+        """Refuse what cannot go with a reference that moves, and options of a reference that there is not."""
+        if self.reference in REFERENCES:
+            self._refuse_changed(("reference_in_4bit",), "the path or id of a model in `reference`")
         if not self.precompute_ref_log_probs:
-            for name in ("precompute_ref_batch_size", "reference_cache"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"`{name}` must be None without precompute_ref_log_probs=True, which uses it.")
+            self._refuse_changed(("precompute_ref_batch_size", "reference_cache"), "precompute_ref_log_probs=True")
         if not self.sync_ref_model:
-            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_max_rank"):
-                if getattr(self, name) != fields[name].default:
-                    raise ValueError(
-                        f"`{name}` must be {fields[name].default} without sync_ref_model=True, which uses it, got "
-                        f"{getattr(self, name)}. Set `sync_ref_model`."
-                    )
+            names = ("ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_max_rank")
+            self._refuse_changed(names, "sync_ref_model=True")
             return
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(
                 f"`ref_model_mixup_alpha` must be in (0, 1], got {self.ref_model_mixup_alpha}. 0.6 is usual."
             )
         if self.precompute_ref_log_probs:
-            raise ValueError("`precompute_ref_log_probs` must be False with `sync_ref_model`: the reference moves.")
+            raise ValueError(
+                "`precompute_ref_log_probs` must be False with `sync_ref_model`, whose reference moves, got True. Drop "
+                "one of them."
+            )
         self._check_choice("reference with sync_ref_model", self.reference, ("auto", "base", "initial"))
 
     @property
@@ -371,7 +439,7 @@ class QLoRADPOConfig(TrainingArguments):
     def _check_memory(self) -> None:
         """Refuse to keep layers where none is recomputed, and to move activations to where they are."""
         asked = self.keep_layers
-        if not (asked in (None, "auto") or (type(asked) is int and asked >= 0)):
+        if not (asked in (None, "auto") or (not isinstance(asked, str) and asked >= 0)):
             raise ValueError(f"`keep_layers` must be a number of layers, 0 or more, or 'auto', got {asked!r}. Use 0.")
         if asked not in (None, 0, "auto") and not self.recomputes:
             raise ValueError(

@@ -30,12 +30,11 @@ from qlora_dpo.adapters import (
 )
 from qlora_dpo.averaging import Factors, averaged, recompressed
 from qlora_dpo.cache import weights_fingerprint
+from qlora_dpo.config import REFERENCES
 from qlora_dpo.forward import install_scoring, noise_off, score_batch
 from qlora_dpo.model import adapters_below, add_saved_adapter, is_quantized, keep_one_arithmetic, load_base
 from qlora_dpo.paths import adapter_folder, check_path, naming
 
-REFERENCES = ("auto", "base", "initial", "none")
-"""What the option `reference` names; anything else is a path or id."""
 GIVEN = "given log-probabilities (column `ref_logps`)"
 ADAPTER_NAME = "reference"
 """Name of a reference adapter that is loaded beside the policy's."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,7 +48,7 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"loss_type": "dpo"}, "`loss_type` must be one of"),
         ({"batch_layout": "flat"}, "`batch_layout` must be one of"),
         ({"sync_ref_model": True, "reference": "./sft"}, "`reference with sync_ref_model` must be one of"),
-        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "the reference moves"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "whose reference moves"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, r"must be in \(0, 1\]"),
         ({"ref_model_mixup_alpha": 0.5}, "without sync_ref_model=True"),
         ({"ref_model_sync_steps": 8}, "without sync_ref_model=True"),
@@ -61,8 +62,13 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"logps_chunk_size": 0}, "`logps_chunk_size` must be 1 or more"),
         ({"keep_layers": -1}, "`keep_layers` must be a number of layers, 0 or more, or 'auto', got -1"),
         ({"keep_layers": "some"}, "`keep_layers` must be a number of layers, 0 or more, or 'auto', got 'some'"),
-        ({"keep_layers": 2.0}, "`keep_layers` must be a number of layers"),
-        ({"keep_layers": True}, "`keep_layers` must be a number of layers"),
+        ({"sample_generations": -1}, "`sample_generations` must be 0 or more, got -1"),
+        ({"sample_max_new_tokens": 3}, "`sample_max_new_tokens` must be 128 without sample_generations above 0"),
+        ({"sample_generations_every": 2}, "`sample_generations_every` must be 1 without sample_generations above 0"),
+        ({"sample_generations": 1, "sample_max_new_tokens": 0}, "`sample_max_new_tokens` must be 1 or more, got 0"),
+        ({"reference_in_4bit": False}, "`reference_in_4bit` must be True without the path or id of a model"),
+        ({"dataset_num_proc": 0}, "`dataset_num_proc` must be 1 or more, or None, got 0"),
+        ({"max_tokens_per_forward": "many"}, "`max_tokens_per_forward` must be a number, None or 'auto', got 'many'"),
         ({"keep_layers": 2, "gradient_checkpointing": False}, "`keep_layers` must be 0 without `gradient_checkpoint"),
         ({"use_liger_kernel": True, "use_cpu": True}, "`use_liger_kernel` must be False on a CPU"),
         ({"activation_offloading": True, "use_cpu": True}, "`activation_offloading` must be False without a CUDA"),
@@ -73,11 +79,44 @@ def test_what_cannot_be_right_is_refused(tmp_path, options, message):
         make(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_length": 1024.5}, "`max_length` must be a whole number or None, got 1024.5"),
+        ({"max_length": True}, "`max_length` must be a whole number or None, got True"),
+        ({"max_length": "long"}, "`max_length` must be a whole number or None, got 'long'"),
+        ({"beta": True}, "`beta` must be a number, got True"),
+        ({"sample_generations": 1, "sample_max_new_tokens": None}, "`sample_max_new_tokens` must be a whole number"),
+        ({"sync_ref_model": True, "ref_model_sync_steps": None}, "`ref_model_sync_steps` must be a whole number"),
+        ({"keep_layers": 2.0}, "`keep_layers` must be a whole number or text or None, got 2.0"),
+        ({"keep_layers": True}, "`keep_layers` must be a whole number or text or None, got True"),
+        ({"use_weighting": "no"}, "`use_weighting` must be true or false, got 'no'"),
+        ({"reference": None}, "`reference` must be text, got None"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path, options, said):
+    with pytest.raises(TypeError, match=said):
+        make(tmp_path, **options)
+
+
+def test_numbers_may_be_text_as_yaml_leaves_them(tmp_path):
+    options = {
+        "beta": "5e-1",
+        "max_length": "512",
+        "keep_layers": "2",
+        "max_tokens_per_forward": "none",
+        "ld_alpha": "1",
+    }
+    args = make(tmp_path, **options)
+    assert [getattr(args, name) for name in options] == [0.5, 512, 2, None]
+    assert make(tmp_path, max_length=np.int64(4)).max_length == 4
+
+
 ASKED = {
     "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "pad_token": "<pad>",
     "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1,
     "batch_eval_metrics": True, "bf16_full_eval": True, "fp16_full_eval": True, "neftune_noise_alpha": 5.0,
-    "include_for_metrics": ["inputs"],
+    "include_for_metrics": ["inputs"], "prediction_loss_only": True,
 }  # fmt: skip
 
 
