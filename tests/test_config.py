@@ -108,7 +108,7 @@ def test_numbers_may_be_text_as_yaml_leaves_them(tmp_path):
         "ld_alpha": "1",
     }
     args = make(tmp_path, **options)
-    assert [getattr(args, name) for name in options] == [0.5, 512, 2, None]
+    assert [getattr(args, name) for name in options] == [0.5, 512, 2, None, 1.0]
     assert make(tmp_path, max_length=np.int64(4)).max_length == 4
 
 
