@@ -10,7 +10,7 @@ import argparse
 from transformers import AutoTokenizer
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy
-from qlora_dpo.data import load_rows
+from qlora_dpo.files import load_rows
 
 
 def main() -> None:

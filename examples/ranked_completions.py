@@ -11,7 +11,7 @@ import argparse
 from datasets import Dataset
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy
-from qlora_dpo.data import load_rows
+from qlora_dpo.files import load_rows
 from qlora_dpo.model import load_tokenizer
 
 ROWS = [

@@ -9,7 +9,7 @@ adapter says.
 import argparse
 
 from qlora_dpo import score_completions
-from qlora_dpo.data import load_rows
+from qlora_dpo.files import load_rows
 from qlora_dpo.score import load_scorer
 
 

@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy
-from qlora_dpo.data import TokenLimits, load_rows, prepare_dataset
+from qlora_dpo.data import TokenLimits, prepare_dataset
+from qlora_dpo.files import load_rows
 from qlora_dpo.model import load_tokenizer
 
 

@@ -5,6 +5,9 @@ Arguments are the dataclasses' fields, read by `HfArgumentParser`. `--config fil
 
 import argparse
 import gc
+import hashlib
+import io
+import itertools
 import json
 import re
 import sys
@@ -20,9 +23,10 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_dpo.checkpoints import checkpoint_to_resume, last_intact
 from qlora_dpo.config import EVALUATION_FIELDS, QLoRADPOConfig
-from qlora_dpo.data import load_rows, value_columns
+from qlora_dpo.data import value_columns
 from qlora_dpo.demo import DemoArguments, run_demo
 from qlora_dpo.errors import FixableError, StoppedError
+from qlora_dpo.files import load_rows
 from qlora_dpo.footprint import MemoryOptions
 from qlora_dpo.hub import push_adapter
 from qlora_dpo.judge import judged
@@ -49,6 +53,8 @@ from qlora_dpo.terminal import one_line_warnings
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 METRICS_NAME = "metrics.json"
+SOURCE = "source_sha256"
+"""Its key that tells an evaluation's data from others of the same name."""
 TRAINING_ONLY = {f.name for f in fields(QLoRADPOConfig)}.difference(EVALUATION_FIELDS)
 
 
@@ -127,19 +133,26 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
     elif goes_on is not None and Path(args.output_dir, METRICS_NAME).is_file():
         metrics = json.loads(Path(args.output_dir, METRICS_NAME).read_text())
     metrics["train"] = trainer.train(resume_from_checkpoint=goes_on).metrics
+    _save(trainer, metrics)  # before anything that may fail
     if test_rows is not None:
         metrics["after"] = trainer.evaluate()
+        _save(trainer, metrics)
         found = judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "after")))
         for title in ("before", "after"):
             if title in metrics:
                 print(_summary(title, metrics[title]))
         print(found)
-    trainer.save_state()
-    trainer.save_model(_internal_call=True)  # without pushing: what may fail comes last
-    _write_metrics(args.output_dir, metrics)
+        trainer.create_model_card()  # with what the report says
     if args.push_to_hub:
         print(f"adapter pushed to {trainer.push_to_hub()}")
     print(f"adapter saved in {args.output_dir}; judge it with: qlora-dpo evaluate --adapter {args.output_dir}")
+
+
+def _save(trainer: QLoRADPOTrainer, metrics: dict[str, Any]) -> None:
+    """What a training leaves behind, without pushing it."""
+    trainer.save_state()
+    trainer.save_model(_internal_call=True)
+    _write_metrics(trainer.args.output_dir, metrics)
 
 
 def _section_scores(trainer: QLoRADPOTrainer) -> dict[str, float]:
@@ -151,13 +164,26 @@ def _section_scores(trainer: QLoRADPOTrainer) -> dict[str, float]:
     return section_scores(margins, [subsets[row] for row in pairs.rows().tolist()])
 
 
+def _evaluation_source(asked: EvaluationArguments) -> str:
+    """What tells one data set and split from any other, hashed, as paths are nobody else's business."""
+    data = Path(asked.dataset_name).expanduser()
+    names = str(data.resolve()) if data.exists() else asked.dataset_name, asked.dataset_config, asked.dataset_test_split
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
 def _evaluation_folder(asked: EvaluationArguments) -> str:
     """A folder for each data set and split, beside the adapter, or here for one on the Hub."""
     adapter, data = Path(asked.adapter), Path(asked.dataset_name).expanduser()
     split = None if asked.dataset_test_split == "train" else asked.dataset_test_split  # which all files have
     names = data.stem if data.exists() else asked.dataset_name, asked.dataset_config, split
     folder = "-".join(re.sub(r"[^\w.:]+", "-", name).strip("-").replace(":", "_") for name in names if name)
-    return str((adapter if adapter.is_dir() else Path(adapter.name)) / EVALUATIONS / folder)
+    parent, source = (adapter if adapter.is_dir() else Path(adapter.name)) / EVALUATIONS, _evaluation_source(asked)
+    for number in itertools.count(1):
+        path = parent / (folder if number == 1 else f"{folder}-{number}")
+        metrics = path / METRICS_NAME
+        if not metrics.is_file() or json.loads(metrics.read_text()).get(SOURCE) in (None, source):
+            break
+    return str(path)
 
 
 def evaluate(words: Sequence[str]) -> None:
@@ -199,6 +225,7 @@ def evaluate(words: Sequence[str]) -> None:
     print(json.dumps(found.to_dict() | extra, indent=2) if chosen.json else "".join([str(found), *sections]))
     trainer.prepared.name("eval", chosen.dataset_name, chosen.dataset_config)
     metrics |= extra | {"adapter_sha256": weights_hash(adapter), "data": trainer.prepared.origins["eval"]}
+    metrics[SOURCE] = _evaluation_source(chosen)
     _write_metrics(args.output_dir, metrics)
 
 
@@ -359,6 +386,9 @@ RUNS: dict[str, Callable[[Sequence[str]], int | None]] = {
 def run(command: str, words: Sequence[str]) -> int:
     """Run a command: the exit status, and one line for every error that the user can put right."""
     transformers_logging.set_verbosity_warning()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not show every letter of a data set
     try:
         with one_line_warnings():
             return RUNS[command](words) or 0

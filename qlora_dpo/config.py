@@ -4,11 +4,8 @@ Field names and defaults are those of TRL's `DPOConfig` where the concept is the
 honoured yet is accepted at its neutral value, so that scripts run, and refused at any other.
 """
 
-import functools
-import numbers
-import types
 from dataclasses import dataclass, field
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -20,6 +17,7 @@ from qlora_dpo.losses import LOSSES, RANGES
 from qlora_dpo.metrics import HIGHER_IS_BETTER
 from qlora_dpo.objective import DIVERGENCES, Objective, check_reference, make_objective
 from qlora_dpo.preferences import PAIR_STRATEGIES
+from qlora_dpo.typed import check_types, may_be_none, read_numbers
 
 BATCH_LAYOUTS = ("auto", *LAYOUTS)
 
@@ -87,49 +85,12 @@ _COUNTS = (
     "sample_generations_every",
     "sample_max_new_tokens",
 )
+_CHECKED_WITH_LOSSES = ("loss_type", "loss_weights")
 _MODIFIERS = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "bco_running_mean")
 
 
 def _help(text: str, **more: Any) -> dict[str, Any]:
     return {"help": text, **more}
-
-
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a dict", list: "a list"}
-
-
-@functools.cache
-def _own_types() -> dict[str, set[type]]:
-    """The types that each field may have, of those that are declared here."""
-    hints = get_type_hints(QLoRADPOConfig)
-    own = {
-        name: hints[name] for name in QLoRADPOConfig.__annotations__ if not name.startswith("loss_")
-    }  # `Objective` checks those
-    return {
-        name: {get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) in _UNIONS else (hint,))}
-        for name, hint in own.items()
-    }
-
-
-_UNIONS = (types.UnionType, Union)
-
-
-def _accepts(kind: type) -> type:
-    """What an instance of which may stand for one of `kind`: numpy's numbers are numbers too."""
-    return {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
-
-
-def _number(text: str, kinds: set[type]) -> Any:
-    """What the text of a field of such types stands for; the text itself if that is nothing.
-
-    >>> _number("5e-6", {float}), _number("12", {int, str}), _number("null", {int, types.NoneType})
-    (5e-06, 12, None)
-    """
-    if types.NoneType in kinds and text.lower() in ("none", "null"):
-        return None
-    try:
-        return float(text) if float in kinds else int(text)
-    except ValueError:
-        return text
 
 
 def best_precision() -> str:
@@ -323,7 +284,7 @@ class QLoRADPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._read_as_the_command_line_does()
-        self._check_types()
+        check_types(self, QLoRADPOConfig, _CHECKED_WITH_LOSSES)
         self._set_device_and_precision()
         if getattr(self, "activation_checkpointing", False) is None:  # the newer name of the same field
             self.activation_checkpointing = self.gradient_checkpointing
@@ -339,19 +300,7 @@ class QLoRADPOConfig(TrainingArguments):
             self.loss_weights = [self.loss_weights]
         if not isinstance(self.loss_type, (list, tuple)):
             raise TypeError(f"`loss_type` must be a name or a list of them, got {self.loss_type!r}. Use 'sigmoid'.")
-        for name, kinds in _own_types().items():
-            text = getattr(self, name)
-            if isinstance(text, str) and kinds & {int, float}:
-                setattr(self, name, _number(text, kinds))
-
-    def _check_types(self) -> None:
-        """Refuse a value that is not of its field's type."""
-        for name, kinds in _own_types().items():
-            value = getattr(self, name)
-            if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(map(_accepts, kinds))):
-                said = " or ".join(sorted(_WORDS[kind] for kind in kinds - {types.NoneType}))
-                said += " or None" if types.NoneType in kinds else ""
-                raise TypeError(f"`{name}` must be {said}, got {value!r}. Write it as one.")
+        read_numbers(self, QLoRADPOConfig, _CHECKED_WITH_LOSSES)
 
     def _know_the_better_direction(self) -> None:
         """Whether a higher value of `metric_for_best_model` is better: Trainer takes all but losses for higher."""
@@ -391,7 +340,7 @@ class QLoRADPOConfig(TrainingArguments):
         for name in _COUNTS:
             value = getattr(self, name)
             if not isinstance(value, str) and value is not None and value < 1:
-                none = ", or None" if types.NoneType in _own_types()[name] else ""
+                none = ", or None" if may_be_none(QLoRADPOConfig, name) else ""
                 raise ValueError(f"`{name}` must be 1 or more{none}, got {value}. Leave it out for the default.")
 
     def _check_samples(self) -> None:

@@ -1,23 +1,29 @@
-"""From files to rows of preference data, and from rows to tokenised groups.
+"""From rows of preference data to tokenised groups.
 
 Nothing downstream knows of chat templates, special tokens or truncation.
 """
 
-import glob
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 from jinja2 import TemplateError
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data_report import DataReport, data_report
-from qlora_dpo.preferences import FORMS, PAIR_VALUES, Preference, decoded, parse_row, without_nulls
+from qlora_dpo.preferences import (
+    FORMS,
+    PAIR_VALUES,
+    TEMPLATE_COLUMNS,
+    Preference,
+    decoded,
+    parse_row,
+    unused_columns,
+    without_nulls,
+)
 
 DATA_VERSION = 6
 """Part of the cache key of tokenised data: raise it when the same row gives other tokens or columns."""
@@ -42,7 +48,6 @@ ABOUT_COLUMNS = list(_ABOUT)
 """What is said of a group in reports: the row's `subset`, and the turns of a conversation."""
 VALUE_COLUMNS = list(_VALUES)
 """Columns of a tokenised data set that are there if its rows have them."""
-_FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 KEPT = ""
 EMPTY_PROMPT = "no token is left of the prompt, so nothing predicts the first token of a completion"
@@ -65,89 +70,6 @@ class TokenLimits:
     max_prompt_length: int | None = None
 
 
-def load_rows(path_or_id: str, split: str = "train", name: str | None = None) -> Dataset:
-    """A data set from a local file, a local folder or the Hub.
-
-    Args:
-        path_or_id: A .jsonl, .json, .parquet or .csv file, a folder of them, or a Hub id.
-        split: Split to load; slices such as `train[:250]` are understood.
-        name: Configuration of a Hub data set.
-
-    Raises:
-        FileNotFoundError: If it looks like a local path and is not there.
-        ValueError: If a file's type is not known, or it is not what its type says; a line at fault is named.
-    """
-    path = Path(path_or_id).expanduser()
-    if path.is_file():
-        if path.stat().st_size == 0:
-            raise ValueError(f"A data file must have rows, got none in {path}. Check how it was written.")
-        if path.suffix not in _FILE_TYPES:
-            raise ValueError(f"A data file must end in one of {sorted(_FILE_TYPES)}, got {path}. Convert it.")
-    try:
-        if path.is_file():
-            return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split=split)
-        return _load(path_or_id, path, split, name)
-    except (ValueError, DatasetGenerationError) as error:
-        if path.is_file() and "Unknown split" in str(error):
-            raise ValueError(
-                f"A data file has one split, `train`, got {split!r}. Use slices of it, such as 'train[:90%]' and "
-                "'train[90%:]'."
-            ) from error
-        for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
-            _require_json(file)
-        if isinstance(error, ValueError):
-            raise
-        raise ValueError(
-            f"The data set {path_or_id} must be rows of one form, got: {error.__cause__}. Correct it."
-        ) from error
-
-
-def _load(path_or_id: str, path: Path, split: str, name: str | None) -> Dataset:
-    """A folder or a data set of the Hub."""
-    looks_local = path.suffix in _FILE_TYPES or path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1
-    if looks_local and not path.is_dir():
-        raise FileNotFoundError(f"The data set must be a file, a folder or a Hub id, got {path}. Check the path.")
-    return load_dataset(str(path) if path.is_dir() else path_or_id, name, split=split)
-
-
-def _require_json(path: Path) -> None:
-    """Name the first line of a JSON file that is at fault, if it is one and one is.
-
-    Raises:
-        ValueError: If so.
-    """
-    if _FILE_TYPES.get(path.suffix) != "json":
-        return
-    with path.open("rb") as file:
-        if path.suffix == ".json" and file.read(1) == b"[":
-            try:
-                json.loads(path.read_bytes())
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"Line {error.lineno} of {path} must be JSON, got: {error.msg}. Correct it."
-                ) from error
-            return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                json_row(line, number, path)
-
-
-def json_row(line: bytes, number: int, source: str | Path) -> dict[str, Any]:
-    """A line of a .jsonl file as a row.
-
-    Raises:
-        ValueError: If it is no JSON object; it names the file and the number of the line, from 1.
-    """
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise ValueError(f"Line {number} of {source} must be a JSON object, got {line.strip()[:40]!r}. Correct it.")
-    return row
-
-
 def _common_prefix(ids: Sequence[int], others: Sequence[Sequence[int]]) -> int:
     """Leading tokens that `ids` shares with every one of the others."""
     length = min(len(ids), *(len(other) for other in others))
@@ -158,8 +80,10 @@ def _common_prefix(ids: Sequence[int], others: Sequence[Sequence[int]]) -> int:
 
 def _render(tokenizer: PreTrainedTokenizerBase, preference: Preference, row: Mapping[str, Any]) -> list[list[int]]:
     """Token ids of the prompt with the generation prompt, and of prompt + each completion, as the template has them."""
-    options = {name: without_nulls(decoded(row.get(name))) for name in ("tools", "chat_template_kwargs")}
-    options = {"tools": options["tools"], **(options["chat_template_kwargs"] or {})}
+    tools, named = (without_nulls(decoded(row.get(name), name)) for name in TEMPLATE_COLUMNS)
+    if not isinstance(named or {}, Mapping):
+        raise ValueError(f"`chat_template_kwargs` must be a dict, got {named!r}. Correct the row.")
+    options = {"tools": tools, **(named or {})}
     if tokenizer.chat_template is None and options.get("chat_template") is None:
         raise ValueError(
             "The tokenizer must have a chat template to render messages, got none. Set `tokenizer.chat_template`, use "
@@ -179,12 +103,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference, row: Map
     wholes = [
         f"{prompt}{text}" if str(text).endswith(eos) else f"{prompt}{text}{eos}" for text in preference.completions
     ]
-    added = tokenizer("")["input_ids"]
+    probe = tokenizer("a")["input_ids"]  # shows by its ends what is added: BOS and EOS may be one token
     found = tokenizer([str(prompt), *wholes])["input_ids"]
-    if tokenizer.eos_token_id in added:  # the texts hold the EOS they need, and a prompt goes on
+    if probe[-1] == tokenizer.eos_token_id:  # the texts hold the EOS they need, and a prompt goes on
         found = [ids[:-1] for ids in found]
     bos = tokenizer.bos_token_id
-    if bos is not None and bos in added:
+    if probe[0] == bos:
         found = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in found]
     return found
 
@@ -234,11 +158,17 @@ def tokenize_row(
         report `truncated`, `boundary_moved`, `lost_pairs` (of a kept group), `whole_length` (tokens of prompt + longest
         completion before they are cut); and `values`: a number for each pair, `ref_logps` for each completion.
     """
-    about = {"subset": str(row["subset"])} if "subset" in row else {}
+    about = {"subset": None if row["subset"] is None else str(row["subset"])} if "subset" in row else {}
     try:
         return {"row": index, **about} | _tokenized(row, tokenizer, limits, pair_strategy, values)
     except (ValueError, TypeError, TemplateError) as error:
         raise ValueError(f"Row {index} of the data set: {error}") from error
+
+
+def _tokenize_streamed_row(row: Mapping[str, Any], index: int, **options: Any) -> dict[str, Any]:
+    """`tokenize_row`, with a number that no other worker of the loader gives, as each counts its own rows."""
+    worker = get_worker_info()
+    return tokenize_row(row, index if worker is None else index * worker.num_workers + worker.id, **options)
 
 
 def sequences(
@@ -273,6 +203,12 @@ def _tokenized(
     values: Sequence[str],
 ) -> dict[str, Any]:
     """What `tokenize_row` returns, but for the row's number."""
+    later = [name for name in value_columns([n for n in row if row[n] is not None]) if name not in values]
+    if later:
+        raise ValueError(
+            f"`{later[0]}` must be in the first row of a stream, from which its columns are known, got it here only. "
+            "Give it there too, or name the stream's features."
+        )
     preference = parse_row(row, pair_strategy)
     group: dict[str, Any] = {"boundary_moved": False, "lost_pairs": 0, "whole_length": 0, "turns": _turns(preference)}
     found = sequences(row, preference, tokenizer)
@@ -310,7 +246,8 @@ def _cut(
         room = limits.max_length - len(prompt_ids)
         if room <= 0:
             dropped = LONG_PROMPT
-        truncated |= any(len(ids) > room for ids in completion_ids)
+        paired = {i for pair in preference.pairs for i in pair}
+        truncated |= any(len(completion_ids[i]) > room for i in paired)
         completion_ids = [ids[: max(room, 0)] for ids in completion_ids]
     kept, kept_pairs = _distinct(completion_ids, preference.pairs)
     if not dropped and not kept_pairs:
@@ -371,9 +308,11 @@ def prepare_dataset(
     Raises:
         ValueError: If the set is empty, its columns are not understood, or every row is dropped.
     """
-    columns = _columns(dataset)
+    columns = columns_of(dataset)
     if set(GROUP_COLUMNS) <= set(columns):
         return _numbered(dataset), None
+    if getattr(dataset, "format", {}).get("type") == "custom":
+        raise ValueError(f"The {name} data set must have no transform, which makes rows as they are read. Use `map`.")
     dataset = dataset.with_format(None)
     values = value_columns(columns)
     options = {
@@ -387,7 +326,7 @@ def prepare_dataset(
     features = Features({**_FEATURES, **{name: (_VALUES | _ABOUT)[name] for name in (*values, *about)}})
     if isinstance(dataset, IterableDataset):
         stream = dataset.map(
-            tokenize_row, with_indices=True, fn_kwargs=options, remove_columns=columns, features=features
+            _tokenize_streamed_row, with_indices=True, fn_kwargs=options, remove_columns=columns, features=features
         )
         return stream.filter(lambda row: not row["dropped"]), None
     if len(dataset) == 0:
@@ -417,7 +356,8 @@ def prepare_dataset(
             f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}). {way_out}"
         )
     kept = mapped.select(keep).select_columns([*GROUP_COLUMNS, *values, *about])
-    return kept, data_report(name, mapped, kept, columns, tokenizer, batch_size)
+    conversational = parse_row(dataset[keep[0]], pair_strategy).conversational
+    return kept, data_report(name, mapped, kept, unused_columns(columns, conversational), tokenizer, batch_size)
 
 
 def _numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -427,7 +367,7 @@ def _numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return dataset.remove_columns("row").add_column("row", list(range(len(dataset))))
 
 
-def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
     """The columns of a data set; a stream of a generator only shows them in its first row."""
     if dataset.column_names is None:
         return list(next(iter(dataset), {}))

@@ -11,8 +11,6 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dpo.preferences import unused_columns
-
 MUCH_DROPPED = 0.1
 """Share of rows beyond which a run warns that they are dropped."""
 
@@ -94,7 +92,7 @@ def data_report(
     name: str,
     mapped: Dataset,
     kept: Dataset,
-    columns: Sequence[str],
+    unused_columns: list[str],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
 ) -> DataReport:
@@ -104,7 +102,7 @@ def data_report(
         name: What the set is called.
         mapped: Every row, tokenised or dropped.
         kept: The groups that are left.
-        columns: Columns of the rows.
+        unused_columns: Columns of the rows that are not read.
         tokenizer: To show the first pair.
         batch_size: Groups in a batch, for the padded count.
     """
@@ -118,7 +116,7 @@ def data_report(
         groups=len(kept),
         pairs=sum(len(pairs) for pairs in kept["pairs"]),
         dropped=dict(Counter(reason for reason in mapped["dropped"] if reason)),
-        unused_columns=unused_columns(columns),
+        unused_columns=unused_columns,
         length_median=int(np.median(lengths)),
         length_p95=int(np.percentile(lengths, 95)),
         length_max=int(lengths.max()),

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.adapters import trained_adapters
 from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.data import columns_of, value_columns
 from qlora_dpo.errors import FixableError
 from qlora_dpo.evaluation import GatheredPairs
 from qlora_dpo.measures import Pairs, PreferenceReport, preference_report
@@ -48,9 +49,16 @@ def evaluate_preferences(
 
     Returns:
         The report: accuracy with its interval, margins, calibration, and the same by length, subset and turns.
+
+    Raises:
+        TypeError: If the data set is not one.
     """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"`dataset` must be one datasets.Dataset, got {type(dataset).__name__}. Pass one split or file."
+        )
     if args is None:
-        options = _as_trained(policy, "ref_logps" in dataset.column_names)
+        options = _as_trained(policy, "ref_logps" in value_columns(columns_of(dataset)))
         args = QLoRADPOConfig(output_dir=output_dir or "evaluation", report_to=[], **options)
     trainer = QLoRADPOTrainer(model=policy, args=args, eval_dataset=dataset, processing_class=tokenizer)
     trainer.evaluate()
@@ -72,11 +80,23 @@ def judged(trainer: QLoRADPOTrainer, name: str, output_dir: str | None = None) -
     """The report of a trainer's last evaluation, of one data set.
 
     Raises:
-        FixableError: If there was none.
+        FixableError: If there was none, if it was of a stream that several workers read, or if a reward is not finite.
     """
     if trainer.last_pairs is None:
         raise FixableError("An evaluation must come before its report, got none. Call trainer.evaluate() first.")
+    workers = trainer.args.dataloader_num_workers
+    if isinstance(trainer.eval_dataset, IterableDataset) and workers > 1:
+        raise FixableError(
+            f"`dataloader_num_workers` must be 0 or 1 for a report of a stream, whose rows are looked up by number, "
+            f"got {workers}. Leave it out."
+        )
     groups = {row["row"]: row for row in trainer.eval_dataset}
+    rewards = [trainer.last_pairs.column(f"reward_{side}") for side in ("chosen", "rejected")]
+    if not np.isfinite(rewards).all():
+        raise FixableError(
+            "Rewards must be finite to be judged, got some that are not: the policy has diverged, or what it is "
+            "trained from holds such numbers. Lower `learning_rate`; `qlora-dpo report` draws where the log went wrong."
+        )
     report = preference_report(pairs_of(trainer.last_pairs, groups, trainer.args.beta), name)
     if output_dir is not None and trainer.args.process_index == 0:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -113,7 +133,7 @@ def pairs_of(records: GatheredPairs, groups: dict[int, dict[str, Any]], beta: fl
         kl_chosen=kl[0] if known else None,
         kl_rejected=kl[1] if known else None,
         label_probs=labels,
-        subset=np.array([groups[row]["subset"] for row in rows]) if "subset" in groups[rows[0]] else None,
+        subset=np.array([groups[row]["subset"] or "" for row in rows]) if "subset" in groups[rows[0]] else None,
         turns=np.array([groups[row]["turns"] for row in rows]) if "turns" in groups[rows[0]] else None,
     )
 

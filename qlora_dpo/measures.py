@@ -42,7 +42,7 @@ class Pairs:
     kl_chosen: np.ndarray | None = None  # exact KL(policy || reference), summed over tokens, in nats; None if unknown
     kl_rejected: np.ndarray | None = None
     label_probs: np.ndarray | None = None  # probability that the chosen completion is the better one; None if unknown
-    subset: np.ndarray | None = None  # name of the part of the data; None if unknown
+    subset: np.ndarray | None = None  # name of the part of the data, "" where a row has none; None if unknown
     turns: np.ndarray | None = None  # turns of the conversation; None if unknown
 
     def __post_init__(self) -> None:
@@ -96,6 +96,10 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+FEW_ROWS = 20
+"""Rows below which a bootstrap's interval holds the truth less often than it says: 81 % of the time at five."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +214,8 @@ def accuracy(margins: Any) -> float:
 def accuracy_estimate(margins: Any, rows: Any) -> Estimate:
     """Accuracy of `(T,)` margins with its 95 % interval: Wilson's where each of `rows` has one pair, else by bootstrap.
 
-    The bootstrap draws rows. Where all rows have the same accuracy it sees no spread at all; the interval is then
-    Wilson's with a row counted as one trial, which is too wide if anything.
+    The bootstrap draws rows. Of fewer than `FEW_ROWS` it sees too little of how they differ, and where all have the same
+    accuracy nothing; the interval is then Wilson's with a row counted as one trial, which is too wide if anything.
 
     >>> print(accuracy_estimate([1.0, -1.0, 2.0, 0.0], [0, 1, 2, 3]))  # 2.5 of 4
     0.625 [0.22, 0.91]
@@ -222,7 +226,7 @@ def accuracy_estimate(margins: Any, rows: Any) -> Estimate:
     if counts.max() == 1:
         return Estimate(value, *wilson_interval(float(outcomes.sum()), count), count, "wilson")
     shares = sums / counts
-    if shares.min() == shares.max():
+    if len(sums) < FEW_ROWS or shares.min() == shares.max():
         return Estimate(value, *wilson_interval(value * len(sums), len(sums)), count, "wilson over rows")
     return Estimate(value, *bootstrap_interval(outcomes, rows), count, "bootstrap over rows")
 
@@ -323,7 +327,7 @@ class PreferenceReport:
     name: str  # of the data
     beta: float  # factor of the rewards
     pairs: int
-    groups: int  # rows, that is prompts
+    groups: int  # rows with a pair
     ties: float  # share of pairs with equal rewards
     accuracy: Estimate  # of the rewards
     accuracy_per_token: Estimate  # of rewards divided by the tokens of their completion
@@ -385,7 +389,7 @@ def preference_report(pairs: Pairs, name: str) -> PreferenceReport:
         auc=auc(chosen, rejected),
         calibration=calibration(pairs.margins, pairs.label_probs),
         by_length=by(pairs, length_classes(pairs), LENGTH_CLASSES),
-        by_subset=[] if pairs.subset is None else by(pairs, pairs.subset),
+        by_subset=[] if pairs.subset is None else by(pairs, pairs.subset, sorted({*pairs.subset.tolist()} - {""})),
         by_turns=[] if pairs.turns is None else by(pairs, pairs.turns),
     )
 
@@ -463,7 +467,7 @@ def _short(text: str, width: int) -> str:
 
 
 def _shown(report: PreferenceReport) -> str:
-    size = f"{report.pairs:,} pairs of {report.groups:,} prompts, beta {report.beta:g}, ties {100 * report.ties:.1f} %"
+    size = f"{report.pairs:,} pairs of {report.groups:,} rows, beta {report.beta:g}, ties {100 * report.ties:.1f} %"
     lines = [f"{_short(report.name, 30)}: {size}", ""]
 
     def add(label: str = "", *cells: str, width: int = 10) -> None:

@@ -8,7 +8,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import product
+from numbers import Real
+from types import NoneType
 from typing import Any
 
 Messages = list[dict[str, Any]]
@@ -34,6 +37,12 @@ USED_COLUMNS = {
     "subset",
 }
 """Columns that are read."""
+
+TEXT_COLUMNS = ("prompt", "conversations", "chosen", "rejected")
+"""Columns of a text or of messages."""
+
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns that a chat template is given."""
 
 _VERDICTS = {"pairs", "scores", "ranks"}
 """Columns that say which of a row's completions are better; a row has one of them."""
@@ -77,14 +86,17 @@ class Preference:
         return not isinstance(self.completions[0], str)
 
 
-def unused_columns(columns: Iterable[str]) -> list[str]:
-    """Columns of a data set that are not read, in alphabetical order, for the report at the start.
+def unused_columns(columns: Iterable[str], conversational: bool) -> list[str]:
+    """Columns of a data set of messages, or of text, that are not read, in alphabetical order.
 
-    >>> unused_columns(["chosen", "rejected", "scores", "source"])
-    ['scores', 'source']
+    >>> unused_columns(["chosen", "rejected", "scores", "source", "tools"], conversational=False)
+    ['scores', 'source', 'tools']
     """
     names = set(columns)
-    return sorted(names - (USED_COLUMNS if "completions" in names else USED_COLUMNS - _VERDICTS))
+    unused = {"chosen", "rejected", "ref_chosen_logps", "ref_rejected_logps"} if "completions" in names else _VERDICTS
+    unused = unused | ({"conversations"} if "prompt" in names else set())
+    unused = unused | (set() if conversational else set(TEMPLATE_COLUMNS))
+    return sorted(names - (USED_COLUMNS - unused))
 
 
 def _levels(values: Sequence[float]) -> list[list[int]]:
@@ -130,26 +142,39 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def decoded(value: Any) -> Any:
-    """What a file may hold as JSON text (lists in a .csv, tools), decoded; empty text is None."""
+def decoded(value: Any, name: str) -> Any:
+    """What a file may hold as JSON text (lists in a .csv, tools), decoded; empty text is None.
+
+    Raises:
+        ValueError: If it is text that is not JSON; it names the column.
+    """
     if not isinstance(value, str):
         return value
-    return json.loads(value) if value.strip() else None
+    try:
+        return json.loads(value) if value.strip() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be JSON where it is text, got {value[:40]!r}. Correct the row.") from error
 
 
 def _decoded_or_text(value: Any) -> Any:
     """The value, decoded if it is JSON text."""
     try:
-        return decoded(value)
-    except json.JSONDecodeError:
+        return decoded(value, "")
+    except ValueError:
         return value
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with `role` and `content`; ShareGPT's `from` and `value` are recognised."""
     if message.get("from") is not None:
-        return {"role": _ROLES.get(message["from"], message["from"]), "content": message.get("value")}
-    return {"content": None, **without_nulls(message)}
+        said = {"role": _ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+    else:
+        said = {"content": None, **without_nulls(message)}
+    if not isinstance(said["content"], (str, list, NoneType)):
+        raise ValueError(
+            f"The content of a message must be text, parts or null, got {type(said['content']).__name__}. Make it text."
+        )
+    return said
 
 
 def _text(value: Any, name: str) -> Text:
@@ -167,10 +192,11 @@ def _check_pairs(pairs: Any, count: int) -> list[tuple[int, int]]:
     """`pairs` as tuples of two different indices below `count`."""
     checked = []
     for pair in pairs:
-        if len(pair) != 2 or not all(isinstance(i, int) and 0 <= i < count for i in pair):
+        two = isinstance(pair, Sequence) and len(pair) == 2
+        if not two or not all(isinstance(i, int) and 0 <= i < count for i in pair):
             raise ValueError(
                 f"`pairs` must hold [chosen, rejected] indices below {count}, the number of completions, got "
-                f"{list(pair)}. Correct the row."
+                f"{pair!r}. Correct the row."
             )
         if pair[0] == pair[1]:
             raise ValueError(f"`pairs` must name two different completions, got {list(pair)}. Remove the pair.")
@@ -188,7 +214,8 @@ def _pairs_of(row: Mapping[str, Any], count: int, strategy: str) -> list[tuple[i
         return _check_pairs(values, count)
     if len(values) != count:
         raise ValueError(f"`{name}` must hold one number per completion ({count}), got {len(values)}. Correct the row.")
-    if not all(isinstance(value, (int, float)) and value == value for value in values):
+    values = [float(value) if isinstance(value, Decimal) else value for value in values]
+    if not all(isinstance(value, Real) and value == value for value in values):
         raise ValueError(f"`{name}` must be numbers, got {list(values)}. Remove the completions without one.")
     return pairs_from_scores(values if name == "scores" else [-rank for rank in values], strategy)
 
@@ -308,8 +335,9 @@ def parse_row(row: Mapping[str, Any], pair_strategy: str = "all") -> Preference:
     [(0, 1)]
     """
     given, row = row, {key: value for key, value in row.items() if value is not None}
-    for name in row.keys() & {"completions", *_VERDICTS}:
-        row[name] = _list(row[name], name)
+    if "completions" in row:
+        for name in row.keys() & {"completions", *_VERDICTS}:
+            row[name] = _list(row[name], name)
     if "prompt" not in row and "conversations" in row:
         row["prompt"] = row["conversations"]
     if "completions" in row:

@@ -226,7 +226,7 @@ def _headline(reports: Mapping[str, PreferenceReport], metrics: Mapping[str, Any
         card("ECE", "", lambda report: report.calibration.ece, "calibration error; 0 is best"),
     ]
     size = [
-        f"{when}: {escaped(report.name)}, {report.pairs:,} pairs of {report.groups:,} prompts, "
+        f"{when}: {escaped(report.name)}, {report.pairs:,} pairs of {report.groups:,} rows, "
         f"ties {100 * report.ties:.1f} %, accuracy of the reference {escaped(report.reference_accuracy)}"
         for when, report in reports.items()
     ]

@@ -4,6 +4,7 @@ For picking the best of many completions, and for filtering preference data. Com
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -19,8 +20,9 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, json_row, sequences
+from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, sequences
 from qlora_dpo.errors import memory_said
+from qlora_dpo.files import json_row
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.lean import use_lean_layers
@@ -307,16 +309,18 @@ def score_file(
         return 0
     scorer, scored = load_scorer(adapter, reference, **model_kwargs), 0
     numbers: list[int] = []
-    rows = _rows_behind(source, done, numbers)
+    lines = hashlib.sha256()
+    rows = _rows_behind(source, done, numbers, lines)
     with Path(target).open("ab") as out, tqdm(total=total, initial=done, desc="Scoring", unit="row") as bar:
         for batch in _batches(scorer, rows, batch_size):
             for number, row in zip(numbers, batch, strict=True):
                 if min_margin is None or row.get("margin", math.inf) >= min_margin:
-                    out.write((json.dumps({"row": number} | row, ensure_ascii=False) + "\n").encode())
+                    line = json.dumps({"row": number} | row, ensure_ascii=False) + "\n"
+                    out.write(line.encode(errors="backslashreplace"))  # half an emoji, as JSON writes it
             out.flush()
             bar.update(numbers[-1] + 1 - done)
             scored, done = scored + sum("error" not in row for row in batch), numbers[-1] + 1
-            _write_progress(target, asked | {"rows": done, "bytes": out.tell()})
+            _write_progress(target, asked | {"rows": done, "bytes": out.tell(), "lines": lines.hexdigest()})
             numbers.clear()
     return scored
 
@@ -328,10 +332,14 @@ def row_errors(target: str) -> list[str]:
         return [f"row {line['row']}: {line['error']}" for line in lines if "error" in line]
 
 
-def _rows_behind(source: str, done: int, numbers: list[int]) -> Iterator[dict[str, Any]]:
-    """Rows of a file behind its first lines, blank ones passed over; the number of each is added to `numbers`."""
+def _rows_behind(source: str, done: int, numbers: list[int], lines: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a file behind its first lines, blank ones passed over.
+
+    The number of each is added to `numbers`, and every line that is read, also before them, to the hash `lines`.
+    """
     with Path(source).open("rb") as file:
         for number, line in enumerate(file):
+            lines.update(line.strip())
             if number < done or not line.strip():
                 continue
             row = json_row(line, number + 1, source)
@@ -354,6 +362,12 @@ def _resumed(target: str, asked: dict[str, Any]) -> int:
                 f"`{name}` must be that of the first time to go on with {target} ({progress.get(name)!r}), got "
                 f"{value!r}. Name another `target`."
             )
+    lines = _lines_hash(asked["source"], progress["rows"])
+    if progress.get("lines", lines) != lines:
+        raise ValueError(
+            f"`source` must begin with the {progress['rows']} lines that {target} is of, got other ones in "
+            f"{asked['source']}. Name another `target`."
+        )
     Path(target).touch()
     whole, last = 0, b""
     with Path(target).open("r+b") as file:
@@ -367,8 +381,17 @@ def _resumed(target: str, asked: dict[str, Any]) -> int:
             raise ValueError(f"`target` must be new or written by `score_file`, got {target}. Name another.")
         file.truncate(whole)
     done = max(written, progress["rows"]) if whole >= (progress["bytes"] or 0) else written
-    _write_progress(target, asked | {"rows": done, "bytes": whole})
+    _write_progress(target, asked | {"rows": done, "bytes": whole, "lines": _lines_hash(asked["source"], done)})
     return done
+
+
+def _lines_hash(source: str, count: int) -> str:
+    """SHA-256 of the first lines of a file, white space around them left out."""
+    found = hashlib.sha256()
+    with Path(source).open("rb") as file:
+        for line in itertools.islice(file, count):
+            found.update(line.strip())
+    return found.hexdigest()
 
 
 def _write_progress(target: str, progress: dict[str, Any]) -> None:

@@ -44,7 +44,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from trl import DPOConfig, DPOTrainer
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
-from qlora_dpo.data import TokenLimits, load_rows, prepare_dataset
+from qlora_dpo.data import TokenLimits, prepare_dataset
+from qlora_dpo.files import load_rows
 from qlora_dpo.layouts import group_of
 from qlora_dpo.memory import GIB
 from qlora_dpo.model import default_lora, device_map, load_tokenizer

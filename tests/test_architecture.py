@@ -1,6 +1,7 @@
 """Imports point down, and the checks that hold the house together can fail."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"errors", "logits", "offload", "recompute", "terminal"},
+    {"errors", "logits", "offload", "recompute", "terminal", "typed"},
     {"four_bit_head"},
     {
         "preferences",
@@ -27,7 +28,7 @@ LAYERS = [
         "adapters",
         "lora",
     },
-    {"lean", "measures", "progress", "rewardbench", "world", "data_report"},
+    {"lean", "measures", "progress", "rewardbench", "world", "data_report", "files"},
     {"charts"},
     {
         "objective",
@@ -37,7 +38,6 @@ LAYERS = [
         "kernels",
         "attention",
         "data",
-        "data_report",
         "sampling",
         "budget",
         "remembered",
@@ -65,7 +65,9 @@ def imported(source):
     """Names of the package's modules that a source imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qlora_dpo."):
+        if isinstance(node, ast.ImportFrom) and node.module == "qlora_dpo":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qlora_dpo."):
             found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("qlora_dpo.")}
@@ -73,27 +75,45 @@ def imported(source):
 
 
 def upward(sources):
-    """Imports that point to a higher layer, and modules that import each other."""
-    graph = {name: imported(source) for name, source in sources.items()}
-    bad = [(a, b) for a, targets in graph.items() for b in targets if LEVEL[b] > LEVEL[a]]
-    bad += [(a, b) for a, targets in graph.items() for b in targets if a in graph[b]]
-    return bad
+    """Imports that point to a higher layer."""
+    graph = {name: imported(source) & set(LEVEL) for name, source in sources.items()}
+    return [(a, b) for a, targets in graph.items() for b in targets if LEVEL[b] > LEVEL[a]]
+
+
+def cycle(sources):
+    """Modules that import each other, in however many steps; None if there are none."""
+    try:
+        graphlib.TopologicalSorter({name: imported(source) for name, source in sources.items()}).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
 
 
 def sources():
     return {path.stem: path.read_text() for path in PACKAGE.glob("*.py")}
 
 
-def test_every_module_has_a_layer():
-    assert set(sources()) == set(LEVEL)
+def test_every_module_has_one_layer():
+    assert sorted(sources()) == sorted(name for names in LAYERS for name in names)
 
 
 def test_imports_point_down():
     assert upward(sources()) == []
+    assert cycle(sources()) is None
 
 
-def test_an_upward_import_would_be_found():
-    assert upward(sources() | {"losses": "from qlora_dpo.trainer import QLoRADPOTrainer"}) != []
+@pytest.mark.parametrize(
+    "line",
+    ["from qlora_dpo.trainer import QLoRADPOTrainer", "from qlora_dpo import trainer", "import qlora_dpo.trainer"],
+)
+def test_an_upward_import_would_be_found(line):
+    assert upward(sources() | {"losses": line}) == [("losses", "trainer")]
+
+
+def test_a_cycle_within_a_layer_would_be_found():
+    lines = {"preferences": "scores", "scores": "losses", "losses": "preferences"}
+    found = cycle(sources() | {name: f"from qlora_dpo.{other} import x" for name, other in lines.items()})
+    assert set(found) == {"preferences", "scores", "losses"}
 
 
 def test_modules_are_small():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from qlora_dpo.__main__ import COMMANDS, main
 from qlora_dpo.cli import RUNS, DataArguments, ModelArguments, parse
 from qlora_dpo.config import EVALUATION_FIELDS
 
-from tiny_chat import ranked_row
+from tiny_chat import CHAT_ROWS, ranked_row
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true"]
 QUICK = [*QUIET, "--save_strategy", "no", "--max_steps", "2"]
@@ -44,6 +45,39 @@ def test_train_then_evaluate_from_the_adapter_alone(base_folder, rows_file, tmp_
     for key in ("eval_rewards/margins", "eval_rewards/accuracies", "eval_loss", "eval_logps/chosen"):
         assert found[key] == pytest.approx(trained["after"][key], rel=1e-6), key
     assert found["eval_preference_accuracy"] == found["eval_rewards/accuracies"]
+
+
+def test_a_training_is_saved_whatever_the_terminal_can_show(base_folder, tmp_path):
+    """As where output goes to a file on Windows: `cp1252` has no Chinese."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row | {"subset": "\u6570\u5b66"}) + "\n" for row in CHAT_ROWS))
+    words = [sys.executable, "-m", "qlora_dpo", *train_words(base_folder, str(rows), tmp_path / "run")]
+    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True, check=False)
+    assert (done.returncode, b"\\u6570\\u5b66" in done.stdout) == (0, True)
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_that_diverged_keeps_its_log(base_folder, rows_file, tmp_path, capsys):
+    assert main([*train_words(base_folder, rows_file, tmp_path / "run"), "--learning_rate", "1e30"]) == 2
+    assert "Rewards must be finite to be judged" in capsys.readouterr().err
+    assert (tmp_path / "run" / "trainer_state.json").is_file()
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_every_data_set_and_split_has_a_folder_of_its_own(base_folder, rows_file, tmp_path):
+    run = tmp_path / "run"
+    assert main(train_words(base_folder, rows_file, run)) == 0
+    sets = {"helpful": CHAT_ROWS[:8], "harmless": CHAT_ROWS[8:]}
+    for name, rows in sets.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [("helpful", "train"), ("harmless", "train"), ("helpful", "train[:50%]"), ("helpful", "train[:50]")]
+    for name, split in [*asked, asked[0]]:
+        words = ["evaluate", "--adapter", str(run), "--dataset_name", str(tmp_path / name / "test.jsonl"), *QUIET]
+        assert main([*words, "--dataset_test_split", split]) == 0
+    reports = {path.parent.name: json.loads(path.read_text()) for path in (run / "evaluations").glob("*/report.json")}
+    found = {name: report["pairs"] for name, report in reports.items()}
+    assert found == {"test": 8, "test-2": 4, "test-train-_50": 4, "test-train-_50-2": 8}
 
 
 OWN_CODE = {

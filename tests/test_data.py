@@ -4,11 +4,13 @@ import re
 import warnings
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tokenizers import processors
+from torch.utils.data import DataLoader
 
-from qlora_dpo.data import LONG_PROMPT, NO_PAIRS, TokenLimits, load_rows, prepare_dataset, tokenize_row
+from qlora_dpo.data import LONG_PROMPT, NO_PAIRS, TokenLimits, prepare_dataset, tokenize_row
 from qlora_dpo.data_report import show
+from qlora_dpo.files import load_rows
 from qlora_dpo.layouts import group_of
 
 from tiny_chat import build_chat_tokenizer, chat_row, ranked_row
@@ -41,6 +43,17 @@ def test_special_tokens_are_never_doubled():
         row = tokenized(both, {"prompt": prompt, "chosen": f" sees{end}", "rejected": f" finds{end}"})
         assert row["prompt_ids"] == ids_of(both, "<s> the cat")
         assert row["completion_ids"] == expected
+
+
+@pytest.mark.parametrize(("single", "text"), [("</s> $A", "</s> the cat"), ("$A </s>", "the cat")], ids=["bos", "eos"])
+def test_one_token_for_bos_and_eos_is_known_by_its_place(single, text):
+    """As OPT has it in front, and others behind: to mistake them would cut off the last word of every text."""
+    one = build_chat_tokenizer()
+    one.bos_token = one.eos_token
+    one.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("</s>", 2)])
+    row = tokenized(one, {"prompt": "the cat", "chosen": " sees", "rejected": " finds"})
+    assert row["prompt_ids"] == ids_of(one, text)
+    assert row["completion_ids"] == [ids_of(one, "sees </s>"), ids_of(one, "finds </s>")]
 
 
 def test_a_tokenizer_without_bos_adds_none():
@@ -201,53 +214,6 @@ def test_messages_without_a_chat_template_are_refused(chat_rows):
         prepare_dataset(chat_rows, bare, NO_LIMITS)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
-def test_local_files_are_read(tmp_path, suffix):
-    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
-    path = str(tmp_path / f"rows.{suffix}")
-    {"jsonl": rows.to_json, "json": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[suffix](path)
-    assert load_rows(path, "train[:2]").to_list() == rows.select([0, 1]).to_list()
-
-
-def test_a_path_that_is_not_there_is_refused(tmp_path):
-    for path in (str(tmp_path / "no.jsonl"), "./nowhere", "no.parquet"):
-        with pytest.raises(FileNotFoundError, match="Check the path"):
-            load_rows(path)
-
-
-def test_an_unknown_file_type_is_refused(tmp_path):
-    (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(ValueError, match="Convert it"):
-        load_rows(str(tmp_path / "rows.txt"))
-
-
-@pytest.mark.parametrize("row", ['{"prompt":', "[1]", "}"])
-@pytest.mark.parametrize("first", [True, False])
-def test_a_line_that_is_no_row_is_named_with_its_file(tmp_path, row, first):
-    path, good = tmp_path / "rows.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}'
-    path.write_text("\n".join([row, good] if first else [good, "", good, row, good]))
-    message = re.escape(f"Line {1 if first else 4} of {path} must be a JSON object, got {row.encode()!r}")
-    for name in (path, tmp_path):
-        with pytest.raises(ValueError, match=message):
-            load_rows(str(name))
-
-
-def test_a_fault_in_a_list_of_rows_is_named_with_its_line(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text('[\n{"prompt": "a", "chosen": "b", "rejected": "c"},\n{"prompt": "a" "chosen": "b"}]')
-    with pytest.raises(ValueError, match=f"Line 3 of {re.escape(str(path))} must be JSON, got: Expecting ','"):
-        load_rows(str(path))
-
-
-def test_a_file_whose_rows_cannot_be_read_is_named_with_the_reason(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text("prompt,chosen,rejected\na,b,c\na,b,c,d\n")
-    with pytest.raises(
-        ValueError, match=f"The data set {re.escape(str(path))} must be rows of one form, got: .* line 3"
-    ):
-        load_rows(str(path))
-
-
 def test_a_max_length_that_drops_all_is_told_what_the_rows_need(tokenizer):
     rows = [{"prompt": "the cat " * n, "chosen": " sees", "rejected": " finds"} for n in (2, 3, 9)]
     needed = "Raise `max_length`, now 5: whole, half of the rows have at most 9 tokens, and the longest 21."
@@ -322,6 +288,71 @@ def test_numbers_that_cannot_be_right_are_refused_with_their_row(column, value, 
     with pytest.raises(ValueError, match=message) as error:
         grouped(build_chat_tokenizer(), [chat_row(0) | {column: value}])
     assert "Row 0 of the data set" in str(error.value)
+
+
+@pytest.mark.parametrize("found", [{"scores": [3, 1, 2]}, {"pairs": [[0, 1]]}])
+def test_given_log_probs_stand_where_nothing_that_is_used_was_cut(tokenizer, found):
+    row = {
+        "prompt": "the cat",
+        "completions": [" sees", " finds", " the" * 30],
+        "ref_logps": [-1.0, -2.0, -30.0],
+        **found,
+    }
+    kept = tokenized(tokenizer, row, TokenLimits(10), pair_strategy="best_vs_worst", values=["ref_logps"])
+    assert (kept["dropped"], kept["truncated"], kept["ref_logps"]) == ("", False, [-1.0, -2.0])
+
+
+def test_a_column_that_a_stream_has_from_a_later_row_on_is_refused(tokenizer):
+    """Its columns are those of its first row: what comes later would be passed over."""
+
+    def rows():
+        yield chat_row(0)
+        yield chat_row(1) | {"weights": 0.5}
+
+    groups, _ = prepare_dataset(IterableDataset.from_generator(rows), tokenizer, NO_LIMITS)
+    with pytest.raises(ValueError, match="Row 1 of the data set: `weights` must be in the first row of a stream"):
+        list(groups)
+
+
+def test_rows_of_a_stream_have_numbers_of_their_own_in_several_workers(tokenizer, chat_rows):
+    groups, _ = prepare_dataset(chat_rows.to_iterable_dataset(num_shards=4), tokenizer, NO_LIMITS)
+    found = [row["row"] for row in DataLoader(groups, batch_size=None, num_workers=2)]
+    assert len(found) == len(set(found)) == len(chat_rows)
+
+
+def test_columns_that_are_not_read_are_named(tokenizer):
+    text, sides = {"prompt": "the cat"}, {"chosen": " sees", "rejected": " finds"}
+    cases = [
+        (text | sides | {"scores": 0.9, "ranks": "first"}, ["ranks", "scores"]),
+        (text | sides | {"tools": "[]", "chat_template_kwargs": "{}"}, ["chat_template_kwargs", "tools"]),
+        (text | sides | {"completions": [" a", " b"], "scores": [1, 2]}, ["chosen", "rejected"]),
+        (chat_row(0) | {"conversations": [{"from": "human", "value": "x"}]}, ["conversations"]),
+    ]
+    for row, unused in cases:
+        assert prepare_dataset(Dataset.from_list([row]), tokenizer, NO_LIMITS)[1].unused_columns == unused
+
+
+def test_a_transform_is_refused_as_it_would_not_be_applied(tokenizer, chat_rows):
+    with pytest.raises(ValueError, match="must have no transform, which makes rows as they are read"):
+        prepare_dataset(chat_rows.with_transform(lambda rows: rows), tokenizer, NO_LIMITS)
+
+
+def test_a_row_without_a_subset_has_none(tokenizer):
+    rows = [chat_row(i) | {"subset": subset} for i, subset in enumerate(("code", None))]
+    assert prepare_dataset(Dataset.from_list(rows), tokenizer, NO_LIMITS)[0]["subset"] == ["code", None]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("tools", "search", "`tools` must be JSON where it is text, got 'search'"),
+        ("chat_template_kwargs", "a=1", "`chat_template_kwargs` must be JSON where it is text, got 'a=1'"),
+        ("chat_template_kwargs", "[1]", r"`chat_template_kwargs` must be a dict, got \[1\]"),
+    ],
+)
+def test_what_a_template_is_given_is_checked_by_name(tokenizer, column, value, said):
+    with pytest.raises(ValueError, match=f"Row 0 of the data set: {said}"):
+        tokenized(tokenizer, chat_row(0) | {column: value})
 
 
 def test_a_list_where_pairs_are_derived_is_refused():

@@ -22,7 +22,8 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.__main__ import main
 from qlora_dpo.cli import parse
-from qlora_dpo.data import TokenLimits, load_rows, prepare_dataset
+from qlora_dpo.data import TokenLimits, prepare_dataset
+from qlora_dpo.files import load_rows
 from qlora_dpo.layouts import GroupCollator
 from qlora_dpo.model import default_quantization
 from qlora_dpo.preferences import parse_row

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 
 from qlora_dpo import PreferenceReport, QLoRADPOTrainer, evaluate_preferences, load_policy
@@ -123,6 +123,51 @@ def test_a_report_without_an_evaluation_is_refused(tokenizer, make_args):
     trainer = QLoRADPOTrainer(policy_of(tokenizer), args=make_args(), eval_dataset=rows, processing_class=tokenizer)
     with pytest.raises(RuntimeError, match="An evaluation must come before its report"):
         judged(trainer, "rows")
+
+
+def test_rewards_that_are_not_finite_are_not_judged(tokenizer, make_args):
+    policy = policy_of(tokenizer)
+    trainer, _ = evaluated(tokenizer, make_args(reference="base"), CHAT_ROWS, policy)
+    with torch.no_grad():
+        next(p for n, p in policy.named_parameters() if "lora_B" in n).fill_(torch.nan)
+    trainer.evaluate()
+    with pytest.raises(RuntimeError, match="Rewards must be finite to be judged"):
+        judged(trainer, "rows")
+
+
+def test_a_subset_that_some_rows_lack_is_a_slice_of_the_others(tokenizer, make_args):
+    rows = [row | {"subset": "code" if i < 5 else None} for i, row in enumerate(CHAT_ROWS)]
+    trainer, _ = evaluated(tokenizer, make_args(reference="base"), rows)
+    assert [(part.name, part.accuracy.count) for part in judged(trainer, "rows").by_subset] == [("code", 5)]
+
+
+def test_a_stream_that_several_workers_read_has_metrics_and_no_report(tokenizer, make_args):
+    stream = Dataset.from_list(CHAT_ROWS).to_iterable_dataset(num_shards=4)
+    found = []
+    for workers in (0, 2):
+        args = make_args(reference="base", dataloader_num_workers=workers)
+        trainer = QLoRADPOTrainer(policy_of(tokenizer), args=args, eval_dataset=stream, processing_class=tokenizer)
+        trainer.evaluate()
+        found.append(trainer.last_pairs.evaluation())
+    assert found[0]["groups"] == found[1]["groups"] == len(CHAT_ROWS)
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    with pytest.raises(RuntimeError, match="`dataloader_num_workers` must be 0 or 1 for a report of a stream"):
+        judged(trainer, "rows")
+
+
+def test_what_is_no_data_set_is_refused(tokenizer):
+    for rows in (CHAT_ROWS, DatasetDict(test=Dataset.from_list(CHAT_ROWS))):
+        with pytest.raises(TypeError, match="`dataset` must be one datasets"):
+            evaluate_preferences(policy_of(tokenizer), rows, tokenizer)
+
+
+def test_log_probs_that_rows_bring_as_trl_names_them_are_the_reference(base_folder, tokenizer, make_args):
+    rows = Dataset.from_list([row | {"ref_chosen_logps": -9.0, "ref_rejected_logps": -8.0} for row in CHAT_ROWS])
+    args = make_args(max_steps=1)
+    trainer = QLoRADPOTrainer(load_policy(base_folder), None, args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    assert evaluate_preferences(load_policy(args.output_dir), rows, tokenizer).pairs == len(CHAT_ROWS)
 
 
 def test_an_adapter_is_judged_as_it_was_trained(base_folder, tokenizer, make_args):

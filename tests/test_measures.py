@@ -14,6 +14,7 @@ import pytest
 
 from qlora_dpo import measures
 from qlora_dpo.measures import (
+    FEW_ROWS,
     Estimate,
     Pairs,
     PreferenceReport,
@@ -179,10 +180,28 @@ def test_a_tie_counts_one_half():
     assert accuracy_estimate([1.0, 0.0], [0, 1]) == Estimate(0.75, *wilson_interval(1.5, 2), 2, "wilson")
 
 
-def test_rows_with_several_pairs_are_resampled():
-    found = accuracy_estimate([1.0, 1.0, -1.0], [0, 0, 1])
-    assert (found.value, found.count, found.method) == (2 / 3, 3, "bootstrap over rows")
-    assert (found.low, found.high) == (0.0, 1.0)
+def test_rows_with_several_pairs_are_resampled_if_they_are_not_few():
+    margins, rows = np.tile([1.0, 1.0, -1.0], FEW_ROWS // 2), np.tile([0, 0, 1], FEW_ROWS // 2)
+    rows += 2 * np.repeat(np.arange(FEW_ROWS // 2), 3)
+    found = accuracy_estimate(margins, rows)
+    assert (found.value, found.count, found.method) == (2 / 3, 3 * FEW_ROWS // 2, "bootstrap over rows")
+    assert (found.low, found.high) == bootstrap_interval(margins > 0, rows)
+    few = accuracy_estimate(margins[:-1], rows[:-1])
+    value = FEW_ROWS / (3 * FEW_ROWS // 2 - 1)
+    assert few == Estimate(
+        value, *wilson_interval(value * (FEW_ROWS - 1), FEW_ROWS - 1), len(margins) - 1, "wilson over rows"
+    )
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, FEW_ROWS - 1])
+def test_intervals_of_few_rows_hold_the_truth(rows):
+    """Ten pairs a row, with a chance to win of the row's own: Beta(4, 2), two thirds on average."""
+    random, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        wins = random.random((rows, 10)) < random.beta(4, 2, (rows, 1))
+        found = accuracy_estimate(np.where(wins, 1.0, -1.0).ravel(), np.repeat(range(rows), 10))
+        held += found.low <= 2 / 3 <= found.high
+    assert held >= 0.95 * 400
 
 
 def test_all_wins_are_not_certain_though_a_bootstrap_would_say_so():
@@ -397,7 +416,7 @@ def test_report_of_one_pair_has_an_interval_and_no_spread():
     assert report.accuracy.method == "wilson"
     assert report.accuracy.high - report.accuracy.low > 0.7
     assert report.margin.std == 0.0
-    assert "one: 1 pairs of 1 prompts" in str(report)
+    assert "one: 1 pairs of 1 rows" in str(report)
 
 
 def test_report_fits_a_terminal_of_100_columns_whatever_it_is_called():

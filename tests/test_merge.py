@@ -26,7 +26,7 @@ from transformers import (
 
 from qlora_dpo import QLoRADPOConfig, load_policy, merge_adapter
 from qlora_dpo.__main__ import main
-from qlora_dpo.data import load_rows
+from qlora_dpo.files import load_rows
 from qlora_dpo.model import load_base
 from qlora_dpo.record import record_of, write_record
 from qlora_dpo.reference import make_reference

@@ -1,5 +1,7 @@
 """Every accepted row form, and a clear error for every other."""
 
+from decimal import Decimal
+
 import pytest
 
 from qlora_dpo.preferences import PAIR_STRATEGIES, pairs_from_scores, parse_row
@@ -109,7 +111,9 @@ def test_all_equal_scores_make_no_pair_at_all(strategy):
         ({"prompt": "p", "completions": ["a", "b"], "scores": [1.0]}, "one number per completion"),
         ({"prompt": "p", "completions": ["a", "b"], "scores": [1.0, float("nan")]}, "must be numbers"),
         ({"prompt": "p", "chosen": [YES], "rejected": [NO]}, "all be text or all be messages"),
+        ({"prompt": "p", "completions": ["a", "b"], "pairs": [0, 1]}, "below 2, the number of completions, got 0"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "text or a list of messages"),
+        ({"prompt": "p", "chosen": [YES | {"content": 3}], "rejected": [NO]}, "must be text, parts or null, got int"),
     ],
 )
 def test_bad_rows_are_refused(row, message):
@@ -129,3 +133,12 @@ def test_bad_rows_are_refused(row, message):
 def test_a_null_is_named(row, name):
     with pytest.raises(ValueError, match=f"`{name}` must be text or a list, got null. Fill it in, or remove the row"):
         parse_row(row)
+
+
+def test_a_column_that_only_lists_of_completions_use_does_not_stop_a_pair():
+    assert parse_row({"prompt": "a", "chosen": "b", "rejected": "c", "scores": 0.9, "pairs": "x"}).pairs == [(0, 1)]
+
+
+def test_decimals_are_numbers():
+    row = {"prompt": "a", "completions": ["b", "c"], "scores": [Decimal("1.5"), Decimal("2.5")]}
+    assert parse_row(row).pairs == [(1, 0)]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_dpo import score
 from qlora_dpo.__main__ import main
-from qlora_dpo.data import load_rows
 from qlora_dpo.errors import OutOfMemoryError
+from qlora_dpo.files import load_rows
 from qlora_dpo.score import load_scorer, row_errors, score_completions, score_file
 
 from reference_impl import completion_logps
@@ -364,3 +364,26 @@ def test_rewards_of_an_adapter_that_was_trained_again_are_not_gone_on_with(base_
     save_file({name: 50 * tensor for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(ValueError, match="`weights` must be that of the first time"):
         score_file(str(run), rows_file, str(target))
+
+
+def test_half_an_emoji_is_the_error_of_its_row_alone(adapter, tmp_path):
+    row = {"prompt": "the cat", "chosen": " sees", "rejected": " finds"}
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(one) + "\n" for one in (row, row | {"chosen": " \ud83d"}, row)))
+    assert score_file(adapter, str(source), str(target), batch_size=1) == 2
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert ["error" in line for line in lines] == [False, True, False]
+    assert lines[1]["chosen"] == " \ud83d"
+
+
+def test_a_source_that_was_changed_is_not_gone_on_with_and_one_that_grew_is(counted, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [json.dumps(row | {"id": i}) + "\n" for i, row in enumerate(RANKED)]
+    source.write_text("".join(lines[:2]))
+    assert score_file("a", str(source), str(target)) == 2
+    source.write_text("".join(lines))
+    score_file("a", str(source), str(target))
+    assert len(target.read_text().splitlines()) == len(RANKED)
+    source.write_text("".join(reversed(lines)))
+    with pytest.raises(ValueError, match="`source` must begin with the 4 lines that "):
+        score_file("a", str(source), str(target))

@@ -1,0 +1,130 @@
+"""From files and the Hub to rows of preference data, their texts as they were written."""
+
+import glob
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, ReadInstruction, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from qlora_dpo.preferences import TEXT_COLUMNS, decoded
+
+_FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_rows(path_or_id: str, split: str = "train", name: str | None = None) -> Dataset:
+    """A data set from a local file, a local folder or the Hub.
+
+    Args:
+        path_or_id: A .jsonl, .json, .parquet or .csv file, a folder of them, or a Hub id.
+        split: Split to load; slices such as `train[:250]` are understood.
+        name: Configuration of a Hub data set.
+
+    Raises:
+        FileNotFoundError: If it looks like a local path and is not there.
+        ValueError: If a file's type is not known, or it is not what its type says; a line at fault is named.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"A data file must have rows, got none in {path}. Check how it was written.")
+        if path.suffix not in _FILE_TYPES:
+            raise ValueError(f"A data file must end in one of {sorted(_FILE_TYPES)}, got {path}. Convert it.")
+        if name is not None:
+            raise ValueError(f"A data file must be loaded without a configuration, got {name!r}. Leave it out.")
+    try:
+        if path.is_file():
+            return _load_file(path, split)
+        return _load(path_or_id, path, split, name)
+    except (ValueError, DatasetGenerationError) as error:
+        if path.is_file() and "Unknown split" in str(error):
+            raise ValueError(
+                f"A data file has one split, `train`, got {split!r}. Use slices of it, such as 'train[:90%]' and "
+                "'train[90%:]'."
+            ) from error
+        for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
+            _require_json(file)
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"The data set {path_or_id} must be rows of one form, got: {error.__cause__}. Correct it."
+        ) from error
+
+
+def _load_file(path: Path, split: str) -> Dataset:
+    """A file, its texts as they are: pandas takes `None` and `NA` for no value, pyarrow dates for times."""
+    kind = _FILE_TYPES[path.suffix]
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    rows = load_dataset(kind, data_files=glob.escape(str(path)), split=split, **options)
+    if kind == "json" and "timestamp" in str(rows.features):
+        whole = Dataset.from_list(_json_rows(path))
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
+        return whole.select([i for part in parts for i in range(part.from_, part.to)])
+    if kind == "csv":
+        names = [name for name in TEXT_COLUMNS if name in rows.column_names and _holds_messages(rows[0][name])]
+        return rows.map(lambda row: {name: decoded(row[name], name) for name in names}) if names else rows
+    return rows
+
+
+def _holds_messages(text: Any) -> bool:
+    """Whether a text is a list of messages as JSON."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(found, list) and all(isinstance(one, dict) and {"role", "from"} & set(one) for one in found)
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON file, of lines or one list."""
+    text = path.read_bytes()
+    if text.lstrip()[:1] == b"[":
+        return json.loads(text)
+    return [json_row(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _load(path_or_id: str, path: Path, split: str, name: str | None) -> Dataset:
+    """A folder or a data set of the Hub."""
+    looks_local = path.suffix in _FILE_TYPES or path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise FileNotFoundError(f"The data set must be a file, a folder or a Hub id, got {path}. Check the path.")
+    return load_dataset(str(path) if path.is_dir() else path_or_id, name, split=split)
+
+
+def _require_json(path: Path) -> None:
+    """Name the first line of a JSON file that is at fault, if it is one and one is.
+
+    Raises:
+        ValueError: If so.
+    """
+    if _FILE_TYPES.get(path.suffix) != "json":
+        return
+    with path.open("rb") as file:
+        if path.suffix == ".json" and file.read(1) == b"[":
+            try:
+                json.loads(path.read_bytes())
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"Line {error.lineno} of {path} must be JSON, got: {error.msg}. Correct it."
+                ) from error
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                json_row(line, number, path)
+
+
+def json_row(line: bytes, number: int, source: str | Path) -> dict[str, Any]:
+    """A line of a .jsonl file as a row.
+
+    Raises:
+        ValueError: If it is no JSON object; it names the file and the number of the line, from 1.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"Line {number} of {source} must be a JSON object, got {line.strip()[:40]!r}. Correct it.")
+    return row

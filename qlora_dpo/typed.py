@@ -1,0 +1,78 @@
+"""Fields of a dataclass held to the types they are declared with."""
+
+import functools
+import numbers
+import types
+from collections.abc import Collection
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a dict", list: "a list"}
+_STAND_FOR = {int: numbers.Integral, float: numbers.Real}
+"""Whose instances are taken for those of a type: numpy's numbers are numbers too."""
+
+
+@functools.cache
+def _types(declared_by: type) -> dict[str, set[type]]:
+    """The types that each field may have, of those that a class declares itself."""
+    hints = get_type_hints(declared_by)
+    return {
+        name: {get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) in _UNIONS else (hint,))}
+        for name, hint in hints.items()
+        if name in vars(declared_by)["__annotations__"]
+    }
+
+
+_UNIONS = (types.UnionType, Union)
+
+
+def may_be_none(declared_by: type, name: str) -> bool:
+    """Whether a field of a class may be None."""
+    return types.NoneType in _types(declared_by)[name]
+
+
+def read_numbers(instance: Any, declared_by: type, but: Collection[str]) -> None:
+    """Make numbers and None of the text that YAML and command lines leave in fields of such types (`5e-6`, `null`).
+
+    Args:
+        instance: Whose fields are set.
+        declared_by: The class that declares them; those of its bases are left alone.
+        but: Fields to leave alone.
+    """
+    for name, kinds in _types(declared_by).items():
+        text = getattr(instance, name)
+        if name not in but and isinstance(text, str) and kinds & {int, float}:
+            setattr(instance, name, _number(text, kinds))
+
+
+def _number(text: str, kinds: set[type]) -> Any:
+    """What the text of a field of such types stands for; the text itself if that is nothing.
+
+    >>> _number("5e-6", {float}), _number("12", {int, str}), _number("null", {int, types.NoneType})
+    (5e-06, 12, None)
+    """
+    if types.NoneType in kinds and text.lower() in ("none", "null"):
+        return None
+    try:
+        return float(text) if float in kinds else int(text)
+    except ValueError:
+        return text
+
+
+def check_types(instance: Any, declared_by: type, but: Collection[str]) -> None:
+    """Refuse a value that is not of its field's type; `true` is no number.
+
+    Args:
+        instance: Whose fields are checked.
+        declared_by: The class that declares them; those of its bases are left alone.
+        but: Fields to leave alone.
+
+    Raises:
+        TypeError: For the first such value.
+    """
+    for name, kinds in _types(declared_by).items():
+        value = getattr(instance, name)
+        alike = isinstance(value, tuple(_STAND_FOR.get(kind, kind) for kind in kinds))
+        if name not in but and (not alike or (isinstance(value, bool) and bool not in kinds)):
+            said = " or ".join(sorted(_WORDS[kind] for kind in kinds - {types.NoneType}))
+            said += " or None" if types.NoneType in kinds else ""
+            raise TypeError(f"`{name}` must be {said}, got {value!r}. Write it as one.")

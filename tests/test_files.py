@@ -1,0 +1,115 @@
+"""Rows from files: read as they were written, and faults named with their place."""
+
+import json
+import re
+
+import pytest
+from datasets import Dataset
+
+from qlora_dpo.files import load_rows
+from qlora_dpo.preferences import parse_row
+
+from tiny_chat import chat_row
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
+def test_local_files_are_read(tmp_path, suffix):
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+    path = str(tmp_path / f"rows.{suffix}")
+    {"jsonl": rows.to_json, "json": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[suffix](path)
+    assert load_rows(path, "train[:2]").to_list() == rows.select([0, 1]).to_list()
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    for path in (str(tmp_path / "no.jsonl"), "./nowhere", "no.parquet"):
+        with pytest.raises(FileNotFoundError, match="Check the path"):
+            load_rows(path)
+
+
+def test_an_unknown_file_type_is_refused(tmp_path):
+    (tmp_path / "rows.txt").write_text("x")
+    with pytest.raises(ValueError, match="Convert it"):
+        load_rows(str(tmp_path / "rows.txt"))
+
+
+@pytest.mark.parametrize("row", ['{"prompt":', "[1]", "}"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_line_that_is_no_row_is_named_with_its_file(tmp_path, row, first):
+    path, good = tmp_path / "rows.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+    path.write_text("\n".join([row, good] if first else [good, "", good, row, good]))
+    message = re.escape(f"Line {1 if first else 4} of {path} must be a JSON object, got {row.encode()!r}")
+    for name in (path, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            load_rows(str(name))
+
+
+def test_a_fault_in_a_list_of_rows_is_named_with_its_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[\n{"prompt": "a", "chosen": "b", "rejected": "c"},\n{"prompt": "a" "chosen": "b"}]')
+    with pytest.raises(ValueError, match=f"Line 3 of {re.escape(str(path))} must be JSON, got: Expecting ','"):
+        load_rows(str(path))
+
+
+def test_a_file_whose_rows_cannot_be_read_is_named_with_the_reason(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,chosen,rejected\na,b,c\na,b,c,d\n")
+    with pytest.raises(
+        ValueError, match=f"The data set {re.escape(str(path))} must be rows of one form, got: .* line 3"
+    ):
+        load_rows(str(path))
+
+
+def test_a_file_has_no_configuration(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(chat_row(0)) + "\n")
+    with pytest.raises(ValueError, match="must be loaded without a configuration, got 'hard'"):
+        load_rows(str(path), name="hard")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_dates_stay_text(tmp_path, as_list):
+    """A reader of JSON that finds nothing but dates in a column makes times of them."""
+    rows = [
+        {"prompt": f"When was {i}?", "chosen": f"2024-05-{i + 1:02}", "rejected": "2024-06-01T10:00:00"}
+        for i in range(6)
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows) if as_list else "\n".join(map(json.dumps, rows)))
+    assert load_rows(str(path)).to_list() == rows
+    assert load_rows(str(path), "train[1:3]").to_list() == rows[1:3]
+
+
+def test_dates_in_messages_stay_text(tmp_path):
+    rows = [chat_row(i) | {"chosen": [{"role": "assistant", "content": f"2024-05-{i + 1:02}"}]} for i in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [row["chosen"][0]["content"] for row in load_rows(str(path))] == ["2024-05-01", "2024-05-02", "2024-05-03"]
+
+
+def csv_rows(path, rows):
+    Dataset.from_list(rows).to_csv(str(path))
+    return load_rows(str(path)).to_list()
+
+
+def test_what_pandas_takes_for_no_value_is_text_in_a_csv_file(tmp_path):
+    rows = [{"prompt": "NA", "chosen": "None", "rejected": "null"}, {"prompt": "a", "chosen": "nan", "rejected": "b"}]
+    assert csv_rows(tmp_path / "rows.csv", rows) == rows
+
+
+def test_an_empty_number_in_a_csv_file_is_none(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "weights": weight} for weight in (0.5, None)]
+    assert [parse_row(row).pair_values for row in csv_rows(tmp_path / "rows.csv", rows)] == [{"weights": [0.5]}, {}]
+
+
+def test_messages_in_a_csv_file_are_messages(tmp_path):
+    rows = [{name: json.dumps(text) for name, text in chat_row(i).items()} for i in range(3)]
+    assert csv_rows(tmp_path / "rows.csv", rows) == [chat_row(i) for i in range(3)]
+
+
+def test_a_text_among_messages_of_a_csv_file_is_named(tmp_path):
+    rows = [
+        {name: json.dumps(text) for name, text in chat_row(0).items()},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
+    with pytest.raises(ValueError, match="`prompt` must be JSON where it is text, got 'a'"):
+        csv_rows(tmp_path / "rows.csv", rows)
