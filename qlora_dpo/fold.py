@@ -118,7 +118,7 @@ def _quantized_and_back(weight: Tensor, layer: Linear4bit) -> Tensor:
 
     Quantised where training would do it: a GPU and a CPU need not round alike.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     options = {name: getattr(layer.weight, name) for name in ("blocksize", "compress_statistics", "quant_type")}
     options["quant_storage"] = layer.weight.quant_storage
     packed = Params4bit(weight, requires_grad=False, **options).to(device)

@@ -19,6 +19,7 @@ WHOLE = ("row", "tokens_chosen", "tokens_rejected", "turns")
 RANGES = {"tokens_chosen": (1, np.inf), "tokens_rejected": (1, np.inf), "label_probs": (0, 1)}
 """Smallest and largest value of the columns of `Pairs` that have one."""
 
+FEW_ROWS = 20  # below, a bootstrap's interval holds the truth too rarely: 81 % of the time at five
 LENGTH_CLASSES = ("chosen shorter", "similar", "chosen longer")
 """Pairs by the lengths of their completions, similar ones differing by at most a tenth of the longer one."""
 
@@ -96,10 +97,6 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-FEW_ROWS = 20
-"""Rows below which a bootstrap's interval holds the truth less often than it says: 81 % of the time at five."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +211,8 @@ def accuracy(margins: Any) -> float:
 def accuracy_estimate(margins: Any, rows: Any) -> Estimate:
     """Accuracy of `(T,)` margins with its 95 % interval: Wilson's where each of `rows` has one pair, else by bootstrap.
 
-    The bootstrap draws rows. Of fewer than `FEW_ROWS` it sees too little of how they differ, and where all have the same
-    accuracy nothing; the interval is then Wilson's with a row counted as one trial, which is too wide if anything.
+    The bootstrap draws rows. Of fewer than `FEW_ROWS`, or if all have the same accuracy, it sees too little of how they
+    differ; the interval is then Wilson's with a row counted as one trial, which is too wide if anything.
 
     >>> print(accuracy_estimate([1.0, -1.0, 2.0, 0.0], [0, 1, 2, 3]))  # 2.5 of 4
     0.625 [0.22, 0.91]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub import ModelCard
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
@@ -27,6 +28,7 @@ from transformers import (
 from qlora_dpo import QLoRADPOConfig, load_policy, merge_adapter
 from qlora_dpo.__main__ import main
 from qlora_dpo.files import load_rows
+from qlora_dpo.fold import _quantized_and_back
 from qlora_dpo.model import load_base
 from qlora_dpo.record import record_of, write_record
 from qlora_dpo.reference import make_reference
@@ -778,3 +780,15 @@ def test_a_base_that_has_moved_is_measured_where_it_is(bases, tmp_path):
     options = {"dtype": "float32", "sample_rows": CHAT_ROWS[:2], "base": str(tmp_path / "here")}
     report = merge_adapter(adapter, str(tmp_path / "out"), **options)
     assert report.differences["quantized"].token_max < 1e-4
+
+
+def test_a_pytorch_built_for_a_device_that_is_not_there_quantises_on_the_cpu(monkeypatch):
+    """PyTorch's usual build is for CUDA, and names it as its accelerator also where there is none."""
+    there = torch.accelerator.current_accelerator(check_available=True)
+
+    def built_for_cuda(check_available=False):
+        return there if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
+    weight, layer = torch.randn(64, 64), Linear4bit(64, 64, bias=False, device="meta")
+    assert (_quantized_and_back(weight, layer) - weight).abs().max() < weight.abs().max() / 2
