@@ -9,23 +9,18 @@ import os
 import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-from qlora_dpo.paths import RECORD_NAME
 
 MANIFEST_NAME = "manifest.json"
 """What lies in a checkpoint when all of it was written: every file's size and SHA-256."""
 
 _UNFINISHED = f"{MANIFEST_NAME}.new"
-_NEEDED = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, "rng_state*.pth", "adapter_model.*")
-"""What a checkpoint without a manifest must hold beside its record, here or in a folder below."""
+_SAVING = "checkpoint-is-incomplete.txt"
+"""What transformers has in a checkpoint while it saves one on a signal, and deletes after the manifest is written."""
 _WITHOUT_OPTIMIZER = "it was saved with `save_only_model=True`, without the optimizer's state"
 
 
@@ -56,7 +51,7 @@ def write_manifest(folder: Path, save_only_model: bool = False) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    names = (MANIFEST_NAME, _UNFINISHED)
+    names = (MANIFEST_NAME, _UNFINISHED, _SAVING)
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in names)
 
 
@@ -71,7 +66,7 @@ def damage(folder: Path) -> str | None:
     """Why no run can go on from a checkpoint; None if it is whole."""
     manifest = Path(folder, MANIFEST_NAME)
     if not manifest.is_file():
-        return _damage_without_manifest(folder)
+        return f"{MANIFEST_NAME}, which is written last, is missing: it was cut off, or another program wrote it"
     try:
         found = json.loads(manifest.read_text())
     except ValueError:
@@ -91,33 +86,6 @@ def _damage_of(path: Path, name: str, expected: dict[str, Any]) -> str | None:
     with path.open("rb") as file:
         same = hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
     return None if same else f"{name} is not what was written (its SHA-256 is another)"
-
-
-def _damage_without_manifest(folder: Path) -> str | None:
-    """The same for a checkpoint of a version that wrote no manifest: all that is needed is there, and loads."""
-    record = Path(folder, RECORD_NAME)
-    if not record.is_file():
-        return f"{MANIFEST_NAME}, which is written last, and {RECORD_NAME} are missing"
-    if _unreadable(record) is None and "run" in json.loads(record.read_text()):
-        return f"{MANIFEST_NAME}, which is written last, is missing"
-    missing = [f"{name} is missing" for name in _NEEDED if not any(folder.rglob(name))]
-    return ", ".join([*missing, *filter(None, map(_unreadable, _files(folder)))]) or None
-
-
-def _unreadable(path: Path) -> str | None:
-    """Why a file cannot be read."""
-    try:
-        if path.suffix == ".safetensors":
-            load_file(path)
-        elif path.suffix in (".pt", ".pth"):
-            with zipfile.ZipFile(path) as archive:  # what torch.save writes, with a checksum of each part
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile
-        elif path.suffix == ".json":
-            json.loads(path.read_text())
-    except Exception as error:  # each reader has its own
-        return f"{path.name} cannot be read ({type(error).__name__})"
-    return None
 
 
 def _checkpoints(run: str) -> list[Path]:

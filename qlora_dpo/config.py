@@ -35,6 +35,7 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "bf16_full_eval": (False,),  # an evaluation would round the adapters for good
     "fp16_full_eval": (False,),
     "include_for_metrics": ([],),
+    "logging_nan_inf_filter": (False,),  # a line of the log pools pairs, and one that is not finite is shown
     "prediction_loss_only": (False,),  # an evaluation is all of its pairs
 }
 """Fields that are not honoured, with the values that ask for nothing: TRL's, and some of TrainingArguments."""
@@ -104,7 +105,7 @@ class QLoRADPOConfig(TrainingArguments):
 
     Defaults that differ from `TrainingArguments`, as in TRL: `learning_rate` 1e-6, `logging_steps` 10,
     `gradient_checkpointing` on, `bf16` on (`fp16` on a GPU without bf16). `use_cpu` is set where there is no
-    accelerator. `logging_nan_inf_filter` is off: a loss that is not finite is shown, not hidden.
+    accelerator. `logging_nan_inf_filter` is off.
 
     `per_device_train_batch_size` counts groups: a prompt with all its completions and pairs.
     """
@@ -115,7 +116,7 @@ class QLoRADPOConfig(TrainingArguments):
         metadata=_help("Log every X update steps; a number below 1 is a share of all steps."),
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata=_help("Hide losses that are not finite from the log instead of showing them.")
+        default=False, metadata=_help("Only False: a loss that is not finite is shown, not hidden.")
     )
     gradient_checkpointing: bool | None = field(
         default=True,
@@ -291,6 +292,11 @@ class QLoRADPOConfig(TrainingArguments):
         self._check()
         self._know_the_better_direction()
         super().__post_init__()
+        if not self.accelerator_config.use_seedable_sampler:
+            raise ValueError(
+                "`accelerator_config.use_seedable_sampler` must be True, or a run that goes on would see its groups in "
+                "another order, got False. Leave it out."
+            )
 
     def _read_as_the_command_line_does(self) -> None:
         """One loss as a list of one, and numbers that YAML leaves as text (`1e-1`) as numbers."""

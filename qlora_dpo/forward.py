@@ -137,17 +137,18 @@ def noise_off(model: nn.Module) -> Iterator[None]:
     """No dropout, layer drop, embedding noise (NEFTune) or router jitter inside the block; layers stay in train mode.
 
     Layers that switch their arithmetic on `training` (4-bit layers on a CPU, checkpointing) keep it, so that a
-    reference pass in here and a policy pass outside compute the same base model bit for bit. Dropout that is a function
-    call in the attention reads a probability from its module: those are set to zero and put back.
+    reference pass in here and a policy pass outside compute the same base model bit for bit. Probabilities, of layers
+    or for function calls, are set to zero and put back.
     """
     quiet: list[nn.Module] = []
     probabilities: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
-        noisy = isinstance(module, nn.modules.dropout._DropoutNd) or hasattr(module, "neftune_noise_alpha")
-        if module.training and noisy:
+        if module.training and hasattr(module, "neftune_noise_alpha"):
             quiet.append(module)
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd)  # GPT-2's attention reads the `p` of its layer
         for name, value in list(module.__dict__.items()):
-            if isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name):
+            read = "drop" in name or "jitter" in name or (dropout and name == "p")
+            if isinstance(value, float) and value > 0 and read:
                 probabilities.append((module, name, value))
     try:
         for module in quiet:

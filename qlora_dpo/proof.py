@@ -108,8 +108,8 @@ def _row_by_row(model: nn.Module, groups: Sequence[Group], device: torch.device)
 def _yardstick(model: nn.Module, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, float]:
     """`(B,)` logps with every completion scored alone, and how far a layout that holds may be from them, in nats.
 
-    The yardstick is what `padded` itself differs by in this dtype: the same two rows alone, together, and together in
-    the other order. Where that is nothing at all (short rows on some CPUs), a few roundings of each token's
+    The yardstick is what `padded` itself differs by in this arithmetic: the same two rows alone, together, and together
+    in the other order. Where that is nothing at all (short rows on some CPUs), a few roundings of each token's
     log-probability, added up like a random walk, stand in for it. Over 27 tiny models in units of one such rounding,
     layouts that hold were within 5 in fp32 and 1 in bf16 (but for the expert choices of gpt-oss), those that do not
     were at 580,000 and 9 or more.
@@ -122,9 +122,18 @@ def _yardstick(model: nn.Module, groups: Sequence[Group], device: torch.device) 
         together = score_batch(model, to_device(make_batch([two], "padded"), device))["logps"]
         reordered = score_batch(model, to_device(make_batch([swapped], "padded"), device))["logps"].flip(0)
     noise = max((together - reordered).abs().max().item(), (together - alone[:2]).abs().max().item())
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = _arithmetic(model, device)
     roundings = 1 if dtype in (torch.bfloat16, torch.float16) else 4
     return alone, 4 * max(noise, roundings * torch.finfo(dtype).eps * spread.max().item())
+
+
+def _arithmetic(model: nn.Module, device: torch.device) -> torch.dtype:
+    """The coarsest dtype that activations are in: of the weights, of 4-bit layers, or of mixed precision."""
+    found = {next(p.dtype for p in model.parameters() if p.is_floating_point())}
+    found |= {dtype for module in model.modules() if (dtype := getattr(module, "compute_dtype", None))}
+    if torch.is_autocast_enabled(device.type):
+        found.add(torch.get_autocast_dtype(device.type))
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device: torch.device) -> LayoutProof:

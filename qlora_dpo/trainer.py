@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, denumpify_detensorize
 
 from qlora_dpo.adapters import require_trainable
 from qlora_dpo.arguments import (
@@ -212,6 +215,12 @@ class QLoRADPOTrainer(SavingTrainer):
         loader.batch_sampler.sampler = sampler  # where a resumed epoch is looked for
         return loader
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As `Trainer`'s, whose lasting workers would serve one set's rows for another that is passed."""
+        own = eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset
+        with replaced(self.args, "dataloader_persistent_workers", own and self.args.dataloader_persistent_workers):
+            return super().get_eval_dataloader(eval_dataset)
+
     # ---- what is checked before the first number is used ---------------------------------------------------------
 
     def _prove(self) -> None:
@@ -281,6 +290,8 @@ class QLoRADPOTrainer(SavingTrainer):
             check_same_run(checkpoint, read_record(checkpoint), self._record())
             if not isinstance(self.train_dataset, Dataset) and not self.args.ignore_data_skip:
                 check_within_first_pass(checkpoint)
+        if checkpoint is not None and (done := self._finished(checkpoint)):
+            return done
         self._prove()
         self.model.train()
         if isinstance(self.reference, CachedReference):
@@ -302,6 +313,17 @@ class QLoRADPOTrainer(SavingTrainer):
         self._judged_at.clear()  # of other weights
         with replaced(self, "_remembered", self._memory()):
             return super().train(checkpoint, *args, **kwargs)
+
+    def _finished(self, checkpoint: str) -> TrainOutput | None:
+        """What a run returns that has no step left: `Trainer` would make one more in the middle of an epoch."""
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _memory(self) -> Remembered | None:
         """What the evaluations of a training remember of the reference; None of one that moves or that is on disk."""

@@ -105,6 +105,8 @@ class StepTrainer(Trainer):
     def _first_stage(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
         """Score batches without gradient, and count their pairs."""
         model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # one without a schedule has other weights in place since an evaluation
         with self.compute_loss_context_manager():
             prepared = self._prepare_inputs(batches)
             tables = self.step.first_stage(model, prepared)
@@ -117,6 +119,7 @@ class StepTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward of a micro-batch; where memory runs out, the optimizer step again in smaller pieces."""
         if self._next and inputs is self._next[0]:
+            self.model.zero_grad()  # of micro-batches that no step took, as where a stream ends within one
             self._begin(self._next)
             self._next = []
             self._rescue.run(self._score_coupled)

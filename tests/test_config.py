@@ -71,6 +71,10 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"max_tokens_per_forward": "many"}, "`max_tokens_per_forward` must be a number, None or 'auto', got 'many'"),
         ({"keep_layers": 2, "gradient_checkpointing": False}, "`keep_layers` must be 0 without `gradient_checkpoint"),
         ({"use_liger_kernel": True, "use_cpu": True}, "`use_liger_kernel` must be False on a CPU"),
+        (
+            {"accelerator_config": {"use_seedable_sampler": False}},
+            "`accelerator_config.use_seedable_sampler` must be True",
+        ),
         ({"activation_offloading": True, "use_cpu": True}, "`activation_offloading` must be False without a CUDA"),
     ],
 )
@@ -117,6 +121,7 @@ ASKED = {
     "train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1,
     "batch_eval_metrics": True, "bf16_full_eval": True, "fp16_full_eval": True, "neftune_noise_alpha": 5.0,
     "include_for_metrics": ["inputs"], "prediction_loss_only": True,
+    "logging_nan_inf_filter": True,
 }  # fmt: skip
 
 

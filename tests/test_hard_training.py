@@ -18,15 +18,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
 from qlora_dpo.__main__ import main
 from qlora_dpo.checkpoints import damage
 
 from one_step import RANKED, KeepGradients
-from tiny_chat import build_chat_tokenizer, build_tiny_llama
-from tiny_models import build
+from tiny_chat import CHAT_ROWS, build_chat_tokenizer, build_tiny_llama
+from tiny_models import ARCHITECTURES, build
 
 
 def free_port():
@@ -48,7 +49,9 @@ def policy_of(tokenizer, model=None, **lora):
     return get_peft_model(model or build_tiny_llama(tokenizer), LoraConfig(**options))
 
 
-def trainer_of(folder, train=None, test=None, model=None, callbacks=None, compute_metrics=None, **options):
+def trainer_of(
+    folder, train=None, test=None, model=None, callbacks=None, compute_metrics=None, optimizers=(None, None), **options
+):
     """A trainer of a policy that is not at its reference, in fp32."""
     tokenizer = build_chat_tokenizer()
     defaults = {
@@ -63,6 +66,7 @@ def trainer_of(folder, train=None, test=None, model=None, callbacks=None, comput
         processing_class=tokenizer,
         callbacks=callbacks,
         compute_metrics=compute_metrics,
+        optimizers=optimizers,
     )
 
 
@@ -513,6 +517,155 @@ def test_metrics_computed_batch_by_batch_are_refused(tmp_path):
     """
     with pytest.raises(NotImplementedError, match="`batch_eval_metrics` must be False"):
         trainer_of(tmp_path, test=RANKED, compute_metrics=lambda prediction: {}, batch_eval_metrics=True)
+
+
+# ---- one process: steps ----------------------------------------------------------------------------------------------
+
+
+def gradients(folder, rows, steps=1, callbacks=(), **options):
+    """The gradient of each optimizer step, at weights that do not move."""
+    keep = KeepGradients()
+    defaults = {"max_steps": steps, "learning_rate": 0.0, "per_device_train_batch_size": 1}
+    trainer_of(folder, rows, callbacks=[keep, *callbacks], **(defaults | options)).train()
+    return keep.gradients
+
+
+def mean_over(folder, rows):
+    return gradients(folder, rows, per_device_train_batch_size=len(rows))[0]
+
+
+def test_a_stream_that_ends_within_a_step_leaves_nothing_in_the_next(tmp_path):
+    """What was left of the first pass was added to the next step, whose gradient was then about twice too large."""
+    rows = CHAT_ROWS[:3]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    found = gradients(tmp_path, stream, steps=2, gradient_accumulation_steps=2)
+    torch.testing.assert_close(found[0], mean_over(tmp_path, rows[:2]), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
+def test_an_epoch_that_a_callback_ends_within_a_step_leaves_nothing_in_the_next(tmp_path):
+    class Stop(TrainerCallback):
+        done = False
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 1 and not self.done:
+                control.should_epoch_stop = self.done = True
+
+    options = {"gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential", "max_steps": 3}
+    found = gradients(tmp_path, CHAT_ROWS[:8], callbacks=[Stop()], per_device_train_batch_size=2, **options)
+    torch.testing.assert_close(found[1], mean_over(tmp_path, CHAT_ROWS[:4]), rtol=1e-4, atol=1e-7)
+
+
+class OtherWeights(torch.optim.SGD):
+    """As optimizers without a schedule: `eval` puts other weights in place, `train` the trained ones back."""
+
+    factor = 1.0
+
+    def _put(self, factor):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.mul_(factor / self.factor)
+        self.factor = factor
+
+    def eval(self):
+        self._put(0.5)
+
+    def train(self):
+        self._put(1.0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "aot", "gradient_accumulation_steps": 2}, {"max_tokens_per_forward": 20}]
+)
+def test_both_stages_score_the_weights_that_are_trained(tmp_path, options):
+    """After an evaluation the first stage scored those that the optimizer had put in place for it."""
+    found = []
+    for more in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        keep, policy = KeepGradients(), policy_of(build_chat_tokenizer())
+        optimizer = OtherWeights([one for one in policy.parameters() if one.requires_grad], lr=1e-3)
+        how = {"max_steps": 2, "per_device_train_batch_size": 2, "optimizers": (optimizer, None), **options, **more}
+        trainer_of(tmp_path, RANKED, CHAT_ROWS[:2], policy, [keep], **how).train()
+        found.append(keep.gradients[1])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_weights_in_fp32_are_measured_by_the_arithmetic_they_compute_in(tmp_path, prepared, precompute):
+    """Under bf16 they were held to rounding in fp32: the tree was refused, and so was the new cache of a reference."""
+    tokenizer = build_chat_tokenizer()
+    build_tiny_llama(tokenizer).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    if prepared:  # as many a script for training in 4 bit does
+        four_bit = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bit, device_map="cpu")
+        model = prepare_model_for_kbit_training(model)
+    options = {"precompute_ref_log_probs": True, "reference_cache": str(tmp_path / "cache")} if precompute else {}
+    policy = policy_of(tokenizer, model, init_lora_weights=True)
+    trainer = trainer_of(tmp_path, CHAT_ROWS, model=policy, bf16=True, max_steps=1, **options)
+    trainer.train()
+    assert trainer.data_collator.layout == "tree", trainer.layout_proof
+
+
+def test_a_finished_run_that_goes_on_has_nothing_to_do(tmp_path):
+    """In the middle of an epoch it made one step more."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    first = trainer_of(tmp_path, CHAT_ROWS, **options)
+    first.train()
+    again = trainer_of(tmp_path, CHAT_ROWS, **options)
+    assert again.train(resume_from_checkpoint=True).global_step == again.state.global_step == 3
+    weights = [[p for p in one.model.parameters() if p.requires_grad] for one in (first, again)]
+    assert all(map(torch.equal, *weights))
+
+
+def test_a_run_can_go_on_from_the_checkpoint_of_a_signal(tmp_path):
+    """transformers keeps a file in it while it is saved, which was then missed."""
+
+    class Signal(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                found = trainer.callback_handler.callbacks
+                saving = next(one for one in found if type(one).__name__ == "JITCheckpointCallback")
+                saving.jit_manager.is_checkpoint_requested = True
+
+    trainer = trainer_of(tmp_path, CHAT_ROWS, callbacks=[Signal()], max_steps=4, enable_jit_checkpoint=True)
+    trainer.train()
+    assert damage(tmp_path / "checkpoint-2") is None
+
+
+def test_lasting_workers_read_the_set_that_is_given(tmp_path):
+    """They served the rows of the first set for every other that was passed."""
+    policy = policy_of(build_chat_tokenizer())
+    expected = trainer_of(tmp_path, test=RANKED[:4], model=policy).evaluate(Dataset.from_list(CHAT_ROWS[:6]))
+    lasting = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = trainer_of(tmp_path, test=RANKED[:4], model=policy, **lasting)
+    trainer.evaluate()
+    found = trainer.evaluate(Dataset.from_list(CHAT_ROWS[:6]))
+    assert found["eval_rewards/margins"] == pytest.approx(expected["eval_rewards/margins"])
+
+
+def test_equal_rows_of_a_stream_count_one_by_one(tmp_path):
+    rows = Dataset.from_list([CHAT_ROWS[0]] * 3 + [CHAT_ROWS[1]])
+    trainer = trainer_of(tmp_path, test=rows.to_iterable_dataset(num_shards=2), dataloader_num_workers=2)
+    trainer.evaluate()
+    assert len(trainer.last_pairs.rows()) == 4
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_dropout_that_attention_reads_from_its_layer_is_off_for_the_reference(tmp_path, fresh):
+    """GPT-2 passes the `p` of a layer to a function: the same reference scored twice differed."""
+    config = ARCHITECTURES["gpt2"]()
+    config.attn_pdrop = 0.5
+    torch.manual_seed(0)
+    tokenizer = build_chat_tokenizer()
+    policy = policy_of(tokenizer, AutoModelForCausalLM.from_config(config), init_lora_weights=fresh)
+    trainer = trainer_of(tmp_path, CHAT_ROWS, model=policy, max_steps=1, disable_dropout=False)
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[0]])["pieces"][0]
+    trainer.model.train()
+    one, two = (trainer.reference(trainer.model, batch)["logps"] for _ in range(2))
+    assert torch.equal(one, two)
 
 
 if __name__ == "__main__":

@@ -210,22 +210,6 @@ def test_a_damaged_checkpoint_is_named_and_skipped(three, name, hurt):
         checkpoint_to_resume(str(three / "checkpoint-3"), str(three))
 
 
-@pytest.mark.parametrize("name", FILES[:-1])
-@pytest.mark.parametrize("hurt", HURT)
-def test_without_a_manifest_every_file_must_load(three, name, hurt):
-    """As older versions wrote them. A flipped bit is seen where a format has checksums, in what torch saves."""
-    folder = three / "checkpoint-3"
-    (folder / MANIFEST_NAME).unlink()
-    record = json.loads((folder / "qlora_dpo.json").read_text())
-    (folder / "qlora_dpo.json").write_text(json.dumps({key: record[key] for key in record if key != "run"}))
-    assert damage(folder) is None
-    HURT[hurt][0](folder / name)
-    if hurt == "missing":
-        assert "missing" in damage(folder)
-    elif hurt == "truncated" or name in ("optimizer.pt", "rng_state.pth"):
-        assert f"{name} cannot be read" in damage(folder)
-
-
 @pytest.mark.parametrize("content", ["", '{"files": {'])
 def test_a_damaged_manifest_is_damage(three, content):
     (three / "checkpoint-3" / MANIFEST_NAME).write_text(content)
@@ -233,16 +217,13 @@ def test_a_damaged_manifest_is_damage(three, content):
 
 
 def test_a_checkpoint_that_was_never_finished_is_skipped(three):
-    """This version writes the manifest last: without one it is not whole, even if every other file is."""
+    """The manifest is written last: without one it is not whole, even if every other file is."""
     (three / "checkpoint-3" / MANIFEST_NAME).unlink()
-    (three / "checkpoint-2" / MANIFEST_NAME).unlink()
-    (three / "checkpoint-2" / "qlora_dpo.json").unlink()
-    with pytest.warns(UserWarning, match="is skipped") as said:
-        assert checkpoint_to_resume("true", str(three)) == str(three / "checkpoint-1")
-    assert [str(warning.message).split("is skipped: ")[1] for warning in said] == [
-        "manifest.json, which is written last, is missing.",
-        "manifest.json, which is written last, and qlora_dpo.json are missing.",
-    ]
+    said = (
+        "checkpoint-3 is skipped: manifest.json, which is written last, is missing: it was cut off, or another program"
+    )
+    with pytest.warns(UserWarning, match=said):
+        assert checkpoint_to_resume("true", str(three)) == str(three / "checkpoint-2")
 
 
 def test_with_no_whole_checkpoint_left_the_error_says_so(three, tmp_path):
