@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from qlora_dpo.score import load_scorer, score_completions
     from qlora_dpo.trainer import QLoRADPOTrainer
 
+from qlora_dpo.terminal import hush_bitsandbytes
+
+hush_bitsandbytes()  # before anything imports it
+
 __version__ = "0.1.0"
 __all__ = [
     "LOSSES",

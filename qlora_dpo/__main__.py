@@ -7,10 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from qlora_dpo import __version__
-from qlora_dpo.terminal import hush_bitsandbytes
 
 COMMANDS = {
-    "demo": "See it work, without network or GPU, in under three minutes: `qlora-dpo demo`.",
+    "demo": "See it work, without network or GPU, in under two minutes: `qlora-dpo demo`.",
     "train": "Train an adapter: `qlora-dpo train --model_name_or_path ... --dataset_name ... --output_dir ...`.",
     "evaluate": "Evaluate a saved adapter: `qlora-dpo evaluate --adapter DIR --dataset_name ...`.",
     "score": "Score completions with an adapter: `qlora-dpo score --adapter DIR --source in.jsonl --target out.jsonl`.",
@@ -43,7 +42,6 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"A command must be one of {sorted(COMMANDS)}, got {words[0]}.\n{_usage()}", file=sys.stderr)
         return 2
     try:
-        hush_bitsandbytes()
         from qlora_dpo.cli import run
 
         return run(words[0], words[1:])

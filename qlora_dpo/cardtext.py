@@ -151,7 +151,7 @@ Merged with the base into a 16-bit model:
 ```bash
 qlora-dpo merge --adapter {shlex.quote(adapter)} --output_dir {shlex.quote(f"{name}-merged")}
 ```"""
-    served = "" if record.stacked_on else _serving(base, lora, adapter)
+    served = "" if record.stacked_on else _serving(base, record.base_revision, lora, adapter)
     return "\n\n".join(part for part in (own, stacked if record.stacked_on else alone, merged, served) if part)
 
 
@@ -167,18 +167,19 @@ def _quantised_alike(record: AdapterRecord) -> tuple[str, str]:
     return f", quantization_config=BitsAndBytesConfig({words})", ", BitsAndBytesConfig"
 
 
-def _serving(base: str, lora: Mapping[str, Any], adapter: str) -> str:
+def _serving(base: str, revision: str | None, lora: Mapping[str, Any], adapter: str) -> str:
     """How vLLM serves the adapter, if it can."""
     rank = next((rank for rank in _VLLM_RANKS if rank >= int(lora.get("r") or 0)), None)
     plain = lora.get("peft_type") == "LORA" and lora.get("bias", "none") == "none"
     if rank is None or not plain or any(lora.get(name) for name in _NOT_SERVED):
         return ""
+    at = f" --revision {shlex.quote(revision)}" if revision else ""
     module = shlex.quote(f"{adapter.split('/')[-1]}={adapter}")
     return f"""\
 Served by vLLM, on the base in 16 bit:
 
 ```bash
-vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {module}
+vllm serve {shlex.quote(base)}{at} --enable-lora --max-lora-rank {rank} --lora-modules {module}
 ```"""
 
 
@@ -192,7 +193,10 @@ def trained(record: AdapterRecord, lora: Mapping[str, Any], history: Sequence[Ma
     """What was trained, how, and at what cost, by name."""
     targets = ", ".join(f"`{name}`" for name in target_names(lora)).replace("|", r"\|")  # a pattern may have some
     switches = [name for name in ("use_dora", "use_rslora") if lora.get(name)]
-    shape = f"rank {lora.get('r')}, alpha {lora.get('lora_alpha')}, dropout {lora.get('lora_dropout')}, on {targets}"
+    shape = (
+        f"rank {lora['r']}, alpha {lora.get('lora_alpha')}, dropout {lora.get('lora_dropout')}" if "r" in lora else ""
+    )
+    shape = f"{shape or lora.get('peft_type')}, on {targets}"
     rows: dict[str, Any] = {
         "base": base_in_words(record),
         "quantisation": quantisation(record),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 MANIFEST_NAME = "manifest.json"
@@ -148,12 +149,15 @@ def _last_whole(run: str) -> Path:
 
 
 def warn_of_others(run: str) -> None:
-    """Say so if a run begins in a folder with checkpoints of another, which it would be confused with later."""
+    """Say so if a run begins in a folder of another, whose checkpoints it would be confused with later."""
     found = _checkpoints(run)
-    if found:
+    held = [f"checkpoints of another run, up to {found[-1].name}"] if found else []
+    if Path(run, SAFETENSORS_WEIGHTS_NAME).is_file():
+        held.append("an adapter, which will be written over")
+    if held:
         warnings.warn(
-            f"{run} holds checkpoints of another run, up to {found[-1].name}, and this one begins anew. To go on with "
-            "it, stop and set `resume_from_checkpoint=True`; else name another `output_dir`, or delete them.",
+            f"{run} holds {' and '.join(held)}, and this run begins anew. To go on with the other, stop and set "
+            "`resume_from_checkpoint` to true; else name another `output_dir`.",
             stacklevel=3,
         )
 

@@ -46,6 +46,7 @@ from qlora_dpo.record import (
     weights_hash,
 )
 from qlora_dpo.report import write_report
+from qlora_dpo.resuming import warn_of_base
 from qlora_dpo.rewardbench import as_conversations, section_scores
 from qlora_dpo.score import row_errors, score_file
 from qlora_dpo.shapes import BUILT_IN
@@ -113,8 +114,10 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
     train_rows = load_rows(split=data.dataset_train_split, **load)
     test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None
     set_seed(args.seed)  # the adapter's A matrices are random
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    revision = options.get("revision", model.model_revision)
     policy = chosen_policy(model, args)
-    revision = {} if model.model_revision is None else {"revision": model.model_revision}
+    revision = {} if revision is None else {"revision": revision}
     tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code, **revision)
     trainer = QLoRADPOTrainer(
         model=policy,
@@ -218,6 +221,7 @@ def evaluate(words: Sequence[str]) -> None:
     trainer.step.bco_delta.total, trainer.step.bco_delta.count = record.bco_delta, 1
     trainer.remove_callback(PrinterCallback)  # with `disable_tqdm` it would print its line before the report
     warn_of_reference(record, trainer.reference)
+    warn_of_base(record, policy)
     metrics: dict[str, Any] = dict(trainer.evaluate())
     found = judged(trainer, chosen.dataset_name, args.output_dir)
     extra = {"rewardbench": _section_scores(trainer)} if chosen.benchmark else {}
@@ -260,7 +264,7 @@ def score(words: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         raise StoppedError("stopped. Run it again to go on.") from stop
     errors = row_errors(chosen.target)
-    print(f"{count} rows scored into {chosen.target}")
+    print(f"{count} rows scored into {chosen.target}" + ("" if count else ": none was left to score"))
     if errors:
         print(
             f"qlora-dpo score: every row must have a score, got {len(errors)} with an error in {chosen.target} (first: "
@@ -274,7 +278,8 @@ def report(words: Sequence[str]) -> None:
     """`qlora-dpo report`: a run as one HTML file."""
     parser = argparse.ArgumentParser(prog="qlora-dpo report")
     parser.add_argument("run_dir", help="The output_dir of a training.")
-    print(f"report written to {write_report(parser.parse_args(list(words)).run_dir)}")
+    run = Path(parser.parse_args(list(words)).run_dir).expanduser()
+    print(f"report written to {write_report(str(run))}")
 
 
 @dataclass
@@ -307,8 +312,11 @@ def plan(words: Sequence[str]) -> None:
         return
     if chosen.model is None:
         raise ValueError("`model` must be given, got none. Name one with --model; --list shows built-in ones.")
-    found = plan_memory(chosen.model, gpu_bytes=_card(chosen.gpu), **asdict(options))
+    card = _card(chosen.gpu)
+    found = plan_memory(chosen.model, gpu_bytes=card, **asdict(options))
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
+    if card is None:
+        print("no GPU is here: add --gpu 24GB to see what fits on one", file=sys.stderr)
 
 
 @dataclass
@@ -392,7 +400,7 @@ def run(command: str, words: Sequence[str]) -> int:
     try:
         with one_line_warnings():
             return RUNS[command](words) or 0
-    except (ValueError, TypeError, NotImplementedError, OSError, DatasetsError, FixableError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError, DatasetsError, FixableError) as error:
         print(f"qlora-dpo {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (StoppedError, KeyboardInterrupt) as stop:

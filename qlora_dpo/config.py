@@ -292,6 +292,11 @@ class QLoRADPOConfig(TrainingArguments):
         self._check()
         self._know_the_better_direction()
         super().__post_init__()
+        if not isinstance(self.model_init_kwargs, (dict, type(None))):
+            raise TypeError(
+                f"`model_init_kwargs` must be a dict, or one as JSON, got {self.model_init_kwargs!r}. Write "
+                """'{"attn_implementation": "eager"}'."""
+            )
         if not self.accelerator_config.use_seedable_sampler:
             raise ValueError(
                 "`accelerator_config.use_seedable_sampler` must be True, or a run that goes on would see its groups in "
@@ -306,6 +311,8 @@ class QLoRADPOConfig(TrainingArguments):
             self.loss_weights = [self.loss_weights]
         if not isinstance(self.loss_type, (list, tuple)):
             raise TypeError(f"`loss_type` must be a name or a list of them, got {self.loss_type!r}. Use 'sigmoid'.")
+        if getattr(self, "report_to", None) in (None, False):  # as YAML has `null` and `no`
+            self.report_to = "none"
         read_numbers(self, QLoRADPOConfig, _CHECKED_WITH_LOSSES)
 
     def _know_the_better_direction(self) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import html
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class SampleGenerations(TrainerCallback):
     def _show(self, args: Any, state: Any, control: Any, lines: list[dict[str, Any]]) -> None:
         """As text in the log, and as a table to every other callback."""
         for line in lines:
-            tqdm.write(_as_text(line))
+            tqdm.write(_as_text(line), file=sys.stderr)  # stdout is for results
         tables = {f"eval_generations/{number}": _as_table(line) for number, line in enumerate(lines)}
         for callback in self.trainer.callback_handler.callbacks:
             if not isinstance(callback, (ProgressCallback, PrinterCallback)):

@@ -22,6 +22,7 @@ from qlora_dpo.evaluation import GatheredPairs
 from qlora_dpo.measures import Pairs, PreferenceReport, preference_report
 from qlora_dpo.paths import RECORD_NAME, local_adapter
 from qlora_dpo.record import read_record, recorded_options, require_known
+from qlora_dpo.resuming import warn_of_base
 from qlora_dpo.trainer import QLoRADPOTrainer
 
 REPORT_NAME, PAIRS_NAME = "report.json", "pairs.jsonl"
@@ -73,6 +74,7 @@ def _as_trained(policy: PeftModel, given: bool) -> dict[str, Any]:
     record = read_record(source)
     options = recorded_options(record, given)
     require_known(record, options["reference"])
+    warn_of_base(record, policy)
     return options
 
 

@@ -11,6 +11,7 @@ from qlora_dpo.model import default_quantization, load_policy
 from qlora_dpo.paths import adapter_folder
 
 DTYPES = ("bfloat16", "float16", "float32")
+QUANT_TYPES = ("nf4", "fp4")
 STORAGE_DTYPES = ("uint8", *DTYPES)
 
 
@@ -87,6 +88,11 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
             "--disable_dropout false."
         )
     targets = model.lora_target_modules or ["all-linear"]
+    if "all-linear" in targets and len(targets) > 1:
+        raise ValueError(
+            f"`lora_target_modules` must be all-linear alone or names of layers, got {' '.join(targets)}. all-linear "
+            "leaves the head out: name every layer to adapt it too."
+        )
     lora: LoraConfig | None = LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
@@ -105,6 +111,10 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
     quantization = default_quantization()
     quantization.bnb_4bit_quant_type = model.bnb_4bit_quant_type
     quantization.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
+    if model.bnb_4bit_quant_type not in QUANT_TYPES:
+        raise ValueError(
+            f"`bnb_4bit_quant_type` must be one of {list(QUANT_TYPES)}, got {model.bnb_4bit_quant_type}. Use nf4."
+        )
     if model.bnb_4bit_quant_storage not in STORAGE_DTYPES:
         raise ValueError(
             f"`bnb_4bit_quant_storage` must be one of {list(STORAGE_DTYPES)}, got {model.bnb_4bit_quant_storage}."

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+_HOME = re.compile(r"(?:(?<=^)|(?<==))~(?=/)")
+"""A `~` that a shell leaves as it is behind `=`, as YAML does."""
 _EPILOG = "--config FILE.yaml sets defaults that flags override."
 
 
@@ -20,11 +23,18 @@ def _as_words(parser: HfArgumentParser, options: dict[str, Any]) -> list[str]:
 
     What a command line cannot say (null, an empty list, a list or a truth value for an option that takes text) becomes
     the option's default as it is.
+
+    Raises:
+        ValueError: If an option that must be given is null.
     """
     words: list[str] = []
     for name, value in options.items():
         action = parser._option_string_actions[f"--{name}"]
         takes_truth = action.type is string_to_bool
+        if value is False and "no" in map(str, action.choices or ()):  # how YAML reads `no`
+            value = "no"
+        if value is None and action.required:
+            raise ValueError(f"`{name}` must be given, got null. Fill it in.")
         if isinstance(value, list) and value and action.nargs == "+":
             words += [f"--{name}", *(str(item) for item in value)]
         elif isinstance(value, dict):
@@ -68,9 +78,9 @@ def _yaml_options(path: str, known: set[str]) -> dict[str, Any]:
     try:
         options = yaml.safe_load(Path(path).read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}.") from error
+        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}. Correct it.") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}.")
+        raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}. Correct it.")
     for name in options:
         if name not in known:
             raise ValueError(f"Options in {path} must be known, got `{name}`. {_hint(str(name), known)}")
@@ -110,6 +120,7 @@ def parse(
         options = _yaml_options(chosen.config, known)
         _require_used(options, unused, program)
         rest = _as_words(parser, options) + rest
+    rest = [_HOME.sub(str(Path.home()), word) for word in rest]
     parsed = parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False, return_remaining_strings=True)
     if parsed[-1]:
         hint = _hint(parsed[-1][0].removeprefix("--").split("=")[0], known.difference(unused))

@@ -6,6 +6,7 @@ micro-batches of the same step): the objective, the data and their order stay.
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from qlora_dpo.adapters import adapter_weights, base_weights, frozen_adapters, trained_adapters
+from qlora_dpo.adapters import adapter_weights, base_weights, changes_base, frozen_adapters, trained_adapters
 from qlora_dpo.cache import weights_fingerprint
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import VALUE_COLUMNS
@@ -50,6 +51,8 @@ RUN_FIELDS = (
 ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 """Entries of an adapter's config that decide what its weights do."""
 
+FROZEN_ON = "frozen_on"
+"""Entry of a run's facts with the kind of device that `frozen_hash` was computed on."""
 _BASE_NAMES = ("base", "base_revision")
 _TOKEN_OPTIONS = ("max_length", "max_prompt_length", "pair_strategy")
 """Options that matter by what they make of the data."""
@@ -86,7 +89,26 @@ def run_facts(args: QLoRADPOConfig, dataset: Any, policy: PeftModel, sharded: bo
     frozen = frozen_weights(policy)
     if not sharded and not any(tensor.is_meta for tensor in frozen.values()):
         facts["frozen_hash"] = weights_fingerprint(frozen.items())
+        facts[FROZEN_ON] = policy.device.type
     return facts
+
+
+def warn_of_base(record: AdapterRecord, policy: PeftModel) -> None:
+    """Say so if an adapter is not on the weights that it was trained on.
+
+    Not to be told of weights that were quantised on another kind of device, which may round otherwise, nor of an
+    adapter that trains parts of the base or lies on another.
+    """
+    run, frozen = record.run, base_weights(policy)
+    comparable = run.get(FROZEN_ON) == policy.device.type and record.stacked_on is None and changes_base(policy) is None
+    if not comparable or any(tensor.is_meta for tensor in frozen.values()):
+        return
+    if weights_fingerprint(frozen.items()) != run.get("frozen_hash"):
+        warnings.warn(
+            f"The weights of {record.base} are not those that the adapter was trained on: they have changed since, or "
+            "were changed in memory before the training. Its rewards say little on other ones.",
+            stacklevel=2,
+        )
 
 
 def frozen_weights(policy: PeftModel) -> dict[str, Tensor]:
@@ -177,6 +199,6 @@ def _fixed(record: AdapterRecord) -> dict[str, Any]:
         "quantization": quantization.pop("quant_method", None),
         **quantization,
         **record.loss,
-        **record.run,
+        **{name: value for name, value in record.run.items() if name != FROZEN_ON},
     }
     return dict(json.loads(json.dumps(found, default=str)))

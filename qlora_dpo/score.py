@@ -40,6 +40,7 @@ from qlora_dpo.record import (
     weights_hash,
 )
 from qlora_dpo.reference import ModelReference, Reference, make_reference
+from qlora_dpo.resuming import warn_of_base
 
 OUTPUTS = ("row", "rewards", "logps", "reference_logps", "tokens", "ranking", "margin", "error")
 """Keys that are written here; those that a row brings from an earlier scoring are not kept."""
@@ -108,7 +109,9 @@ def load_scorer(adapter: str, reference: str | None = None, base: str | None = N
     if base is None:
         require_base(record, adapter, **{name: model_kwargs[name] for name in _HUB if name in model_kwargs})
     quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
-    options = {"dtype": getattr(torch, record.dtype), "revision": record.base_revision or "main"} | model_kwargs
+    options = {"dtype": getattr(torch, record.dtype)} | model_kwargs
+    if base is None:  # the revision is of the recorded one
+        options = {"revision": record.base_revision or "main"} | options
     policy = load_policy(
         base or record.base,
         adapter=saved_adapter(adapter),
@@ -124,6 +127,7 @@ def load_scorer(adapter: str, reference: str | None = None, base: str | None = N
     others = {name: value for name, value in model_kwargs.items() if name != "revision"}  # which is the base's
     made = make_reference(asked, policy, in_4bit=quantization is not None, model_kwargs=others)
     warn_of_reference(record, made)
+    warn_of_base(record, policy)
     trusted = {name: model_kwargs[name] for name in ("trust_remote_code",) if name in model_kwargs}
     return Scorer(policy, load_tokenizer(adapter, **trusted), made, record.beta, record.mixed_precision)
 

@@ -60,7 +60,7 @@ from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
 from qlora_dpo.recompute import checkpoint_activations, keep_activations
-from qlora_dpo.record import read_record
+from qlora_dpo.record import name_base_commit, read_record
 from qlora_dpo.reference import (
     GIVEN,
     AverageReference,
@@ -478,6 +478,7 @@ def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:
     """Have a policy's layers compute as the step needs them."""
     if args.use_liger_kernel:  # Trainer does it when a training begins, and an evaluation may come before
         use_liger(policy, args)
+    name_base_commit(policy)
     keep_one_arithmetic(policy)
     keep_trained_biases(policy)
     use_fast_lora(policy)
