@@ -5,7 +5,7 @@ gets its own base weight in fp32, PEFT merges into it, the result is taken out, 
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_dpo.adapters import adapter_weights, base_weights, require_token_adapter
-from qlora_dpo.model import require_all_weights, require_intact_base
+from qlora_dpo.model import require_intact_base
 from qlora_dpo.paths import local_adapter
 from qlora_dpo.shards import Checkpoint
+from qlora_dpo.weights import load_adapter_weights
 
 
 def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -45,6 +46,7 @@ class BaseWeights:
         model: The model without its weights.
         names: Every parameter of the model that has a tensor of its own in the files, with that tensor's name.
         tied: Every parameter that is one and the same with others, with those.
+        replaced: Parameters that are not those of the files: of a vocabulary that was resized before training.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class BaseWeights:
         model: PreTrainedModel,
         quantization: BitsAndBytesConfig | None = None,
         dtype: torch.dtype | None = None,
+        replaced: Mapping[str, Tensor] | None = None,
     ) -> None:
         """With a quantisation or a dtype, the weights as they were loaded with it; without, as they are stored.
 
         The model is a skeleton for this object alone.
         """
         self.checkpoint, self.dtype, self.model = checkpoint, dtype, model
+        self.replaced = replaced or {}
         self.names = _parameter_names(checkpoint.names(), model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
         self.tied = _tied(model)
@@ -77,6 +81,9 @@ class BaseWeights:
 
     def value(self, name: str) -> Tensor:
         """A parameter, in the orientation of the files."""
+        own = next((one for one in (name, *self.tied.get(name, ())) if one in self.replaced), None)
+        if own is not None:
+            return self.replaced[own]
         source = self.source(name)
         assert source is not None
         path, _, leaf = name.rpartition(".")
@@ -259,7 +266,7 @@ def _policy_skeleton(model: PreTrainedModel, adapters: Sequence[str]) -> PeftMod
             policy.add_adapter(name, configs[name], low_cpu_mem_usage=True)
         for name, adapter in zip(names, adapters, strict=True):
             _give_storage(policy, name)
-            require_all_weights(policy, adapter, name)
+            load_adapter_weights(policy, adapter, name)
     return policy.requires_grad_(False)
 
 

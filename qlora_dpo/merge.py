@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftConfig
 from torch import Tensor
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from qlora_dpo.cardtext import base_in_words, data_in_words, escaped, is_id, method, shown
@@ -25,6 +25,7 @@ from qlora_dpo.model import adapters_below, load_tokenizer
 from qlora_dpo.paths import TOKENIZER_FILES, check_path, local_adapter, split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter
 from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes, weight_files
+from qlora_dpo.weights import fit_vocabulary
 
 INTO = ("quantized", "original")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -261,8 +262,10 @@ def _written(job: _Job, folder: Path, max_bytes: int) -> MergeReport:
     checkpoint = open_checkpoint(job.base, job.revision)
     trained = job.into == "quantized"
     options = {"quantization": job.quantization, "dtype": getattr(torch, job.record.dtype)} if trained else {}
-    base = BaseWeights(checkpoint, skeleton(job.config, job.trust_remote_code), **options)
-    fold = Fold(base, skeleton(job.config, job.trust_remote_code), job.adapters)
+    models = [skeleton(job.config, job.trust_remote_code) for _ in range(2)]  # each is changed on its own
+    fitted = [fit_vocabulary(model, adapter) for model in models for adapter in job.adapters]
+    base = BaseWeights(checkpoint, models[0], replaced=next(filter(None, fitted), {}), **options)
+    fold = Fold(base, models[1], job.adapters)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED_NAME).write_text(f"{job.adapter} into {job.base} ({job.into}, {job.dtype})\n")
     for left in weight_files(folder):
@@ -271,7 +274,7 @@ def _written(job: _Job, folder: Path, max_bytes: int) -> MergeReport:
     writer = ShardWriter(folder, max_bytes, names)
     untied = _write_weights(fold, writer, getattr(torch, job.dtype))
     shards = writer.close()
-    _write_config(job, folder, untied, base.model)
+    _write_config(job, folder, untied, base)
     _write_tokenizer(job, folder)
     (folder / UNFINISHED_NAME).unlink()
     return MergeReport(
@@ -323,15 +326,17 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return rounded
 
 
-def _write_config(job: _Job, folder: Path, untied: bool, model: PreTrainedModel) -> None:
+def _write_config(job: _Job, folder: Path, untied: bool, base: BaseWeights) -> None:
     """The config, without quantisation, the code that it names, and the generation config, if the base has them."""
     config = copy.deepcopy(job.config)
+    if base.replaced:  # embeddings with rows for added tokens
+        config.get_text_config().vocab_size = base.model.config.get_text_config().vocab_size
     for part in (config, config.get_text_config()):
         part.dtype = getattr(torch, job.dtype)
         if untied:
             part.tie_word_embeddings = False
-    if model._auto_class is not None:
-        custom_object_save(model, folder, config=config)
+    if base.model._auto_class is not None:
+        custom_object_save(base.model, folder, config=config)
     config.save_pretrained(folder)
     try:
         GenerationConfig.from_pretrained(job.base, revision=job.revision or "main").save_pretrained(folder)
