@@ -503,6 +503,24 @@ def test_the_tokenizer_is_the_adapters_where_it_has_another_template(bases, tmp_
     assert [name for name in beside if not (tmp_path / "out" / name).is_file()] == []
 
 
+@pytest.mark.parametrize("generation", [True, False], ids=["generation config", "none"])
+def test_the_merged_model_ends_where_the_tokenizer_of_the_adapter_says(generation, bases, tmp_path):
+    """The same tokens, another one of which ends an answer."""
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    if not generation:
+        (base / "generation_config.json").unlink()
+    _, adapter = trained(str(base), tmp_path / "adapter", lora())
+    tokenizer = build_chat_tokenizer()
+    assert tokenizer.eos_token != "<end>"
+    tokenizer.eos_token = "<end>"
+    tokenizer.save_pretrained(adapter)
+    merge_adapter(adapter, str(tmp_path / "out"))
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert found.eos_token == "<end>"
+    model = plain(tmp_path / "out")
+    assert model.generation_config.eos_token_id == [found.convert_tokens_to_ids("<end>"), model.config.eos_token_id]
+
+
 def test_every_file_that_serving_needs_is_carried_over(bases, tmp_path):
     """A second template (for tools, as Command R has one), another kind of vocabulary, and what reads images."""
     base = shutil.copytree(bases["llama"], tmp_path / "base")
