@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -435,8 +435,10 @@ def _changed_modules(policy: PeftModel) -> Iterator[tuple[str, nn.Module]]:
             found = module
         else:
             continue
-        both = isinstance(found, BaseTunerLayer) and isinstance(found.base_layer, BaseTunerLayer)
-        if both and not isinstance(found, ParamWrapper):  # which has one in it for each parameter of its module
+        inside = getattr(found, "base_layer", None)
+        if isinstance(found, ParamWrapper):
+            inside = None  # one more for each parameter of its module
+        if isinstance(inside, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise NotImplementedError(
                 f"A layer must have adapters of one kind to be merged, got {path}. Serve base and adapter apart."
             )

@@ -612,6 +612,14 @@ def test_kinds_that_are_no_change_of_weights_are_refused(config, message, adapte
         merge_adapter(other, str(tmp_path / "out"))
 
 
+def test_a_layer_with_adapters_of_two_kinds_is_refused(bases, tmp_path):
+    """Tokens that are trained in embeddings are trained in a head that is tied to them."""
+    config = lora(target_modules=["q_proj", "lm_head"], trainable_token_indices=[4, 9])
+    _, adapter = trained(bases["tied"], tmp_path / "adapter", config)
+    with pytest.raises(NotImplementedError, match=r"adapters of one kind to be merged, got lm_head\. Serve base"):
+        merge_adapter(adapter, str(tmp_path / "out"))
+
+
 def test_numbers_that_the_file_of_an_adapter_lacks_are_named(bases, tmp_path):
     config = VeraConfig(r=4, target_modules=["q_proj"], save_projection=False, task_type="CAUSAL_LM")
     _, adapter = trained(bases["llama"], tmp_path / "adapter", config)
