@@ -15,7 +15,13 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftConfig
 from torch import Tensor
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.dynamic_module_utils import custom_object_save
 
 from qlora_dpo.cardtext import base_in_words, data_in_words, escaped, is_id, method, shown
@@ -25,6 +31,7 @@ from qlora_dpo.model import adapters_below, load_tokenizer
 from qlora_dpo.paths import TOKENIZER_FILES, check_path, local_adapter, split_revision
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter
 from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes, weight_files
+from qlora_dpo.weights import fit_vocabulary
 
 INTO = ("quantized", "original")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -113,10 +120,10 @@ def merge_adapter(
     """Merge a saved adapter, and what it was trained on top of, into a model of its own.
 
     The base is read, merged and written tensor by tensor: what is in memory is the adapter in fp32 and a few copies of
-    one layer in fp32. Measured on a CPU: 0.33 GB besides the libraries for a Llama of 542 million parameters, 1.08 GB
-    in bf16, whose largest adapted layer has 46 MB in fp32. With `sample_rows` the model is then compared with 4-bit
-    base and adapter, for both choices of `into`; that needs memory for the whole merged model, and disk space beside
-    `output_dir` for a second one.
+    one layer in fp32 (where it changes experts, of all of a layer's). Measured on a CPU: 0.33 GB besides the libraries
+    for a Llama of 542 million parameters, 1.08 GB in bf16, whose largest adapted layer has 46 MB in fp32. With
+    `sample_rows` the model is then compared with 4-bit base and adapter, for both choices of `into`; that needs memory
+    for the whole merged model, and disk space beside `output_dir` for a second one.
 
     Args:
         adapter: Folder or Hub id, perhaps as `id@revision`, of a saved adapter with its `qlora_dpo.json`.
@@ -261,8 +268,10 @@ def _written(job: _Job, folder: Path, max_bytes: int) -> MergeReport:
     checkpoint = open_checkpoint(job.base, job.revision)
     trained = job.into == "quantized"
     options = {"quantization": job.quantization, "dtype": getattr(torch, job.record.dtype)} if trained else {}
-    base = BaseWeights(checkpoint, skeleton(job.config, job.trust_remote_code), **options)
-    fold = Fold(base, skeleton(job.config, job.trust_remote_code), job.adapters)
+    models = [skeleton(job.config, job.trust_remote_code) for _ in range(2)]  # each is changed on its own
+    fitted = [fit_vocabulary(model, adapter) for model in models for adapter in job.adapters]
+    base = BaseWeights(checkpoint, models[0], replaced=next(filter(None, fitted), {}), **options)
+    fold = Fold(base, models[1], job.adapters)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED_NAME).write_text(f"{job.adapter} into {job.base} ({job.into}, {job.dtype})\n")
     for left in weight_files(folder):
@@ -271,8 +280,8 @@ def _written(job: _Job, folder: Path, max_bytes: int) -> MergeReport:
     writer = ShardWriter(folder, max_bytes, names)
     untied = _write_weights(fold, writer, getattr(torch, job.dtype))
     shards = writer.close()
-    _write_config(job, folder, untied, base.model)
-    _write_tokenizer(job, folder)
+    _write_config(job, folder, untied, base)
+    _write_generation_config(job, folder, _write_tokenizer(job, folder))
     (folder / UNFINISHED_NAME).unlink()
     return MergeReport(
         output_dir=str(folder),
@@ -294,7 +303,7 @@ def _write_weights(fold: Fold, writer: ShardWriter, dtype: torch.dtype) -> bool:
     for key in base.checkpoint.names():
         name = parameters.get(key)
         if name is None:  # a part of what the model puts together while it loads
-            writer.add(key, _rounded(base.checkpoint.tensor(key), base.loaded_dtype(key, dtype), key))
+            writer.add(key, _rounded(fold.part(key), base.loaded_dtype(key, dtype), key))
             continue
         value = _rounded(fold.value(name), base.loaded_dtype(name, dtype), key)
         writer.add(key, value)
@@ -323,34 +332,49 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return rounded
 
 
-def _write_config(job: _Job, folder: Path, untied: bool, model: PreTrainedModel) -> None:
-    """The config, without quantisation, the code that it names, and the generation config, if the base has them."""
+def _write_config(job: _Job, folder: Path, untied: bool, base: BaseWeights) -> None:
+    """The config, without quantisation, and the code that it names, if the base has some."""
     config = copy.deepcopy(job.config)
+    if base.replaced:  # embeddings with rows for added tokens
+        config.get_text_config().vocab_size = base.model.config.get_text_config().vocab_size
     for part in (config, config.get_text_config()):
         part.dtype = getattr(torch, job.dtype)
         if untied:
             part.tie_word_embeddings = False
-    if model._auto_class is not None:
-        custom_object_save(model, folder, config=config)
+    if base.model._auto_class is not None:
+        custom_object_save(base.model, folder, config=config)
     config.save_pretrained(folder)
+
+
+def _write_generation_config(job: _Job, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """The base's, if it has one; answers end at the adapter's token too, where it has another tokenizer."""
     try:
-        GenerationConfig.from_pretrained(job.base, revision=job.revision or "main").save_pretrained(folder)
+        config = GenerationConfig.from_pretrained(job.base, revision=job.revision or "main")
     except OSError:
-        return  # a base without one
+        if tokenizer is None:
+            return
+        config = GenerationConfig.from_model_config(job.config)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = [tokenizer.eos_token_id, *(end for end in ends if end not in (None, tokenizer.eos_token_id))]
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    config.save_pretrained(folder)
 
 
-def _write_tokenizer(job: _Job, folder: Path) -> None:
-    """The tokenizer's files as they are: the base's, or the adapter's if that one knows other tokens or templates.
+def _write_tokenizer(job: _Job, folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer's files as they are: the base's, or the adapter's if it is another one, which is returned.
 
     Files of the base are the ones that other programs have been tried with; saving them again would change them.
     """
     files, own = _carried_files(job.base, job.revision), _carried_files(local_adapter(job.adapter))
-    if _has_own_tokenizer(job, files, own):
+    tokenizer = _own_tokenizer(job, files, own)
+    if tokenizer is not None:
         unsaved = (".model", "processor_config.json")  # which saving a tokenizer leaves out
         files = {name: path for name, path in files.items() if name.endswith(unsaved)} | own
     for name, path in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
+    return tokenizer
 
 
 def _carried_files(source: str, revision: str | None = None) -> dict[str, Path]:
@@ -360,15 +384,18 @@ def _carried_files(source: str, revision: str | None = None) -> dict[str, Path]:
     return {path.relative_to(where).as_posix(): path for pattern in wanted for path in Path(where).glob(pattern)}
 
 
-def _has_own_tokenizer(job: _Job, base_files: Container[str], own_files: Iterable[str]) -> bool:
-    """Whether the adapter has another tokenizer than the base."""
+def _own_tokenizer(job: _Job, base_files: Container[str], own_files: Iterable[str]) -> PreTrainedTokenizerBase | None:
+    """The adapter's tokenizer, if it knows other tokens or templates than the base's, or other ones are special."""
     if not any(name.startswith("tokenizer") for name in own_files):
-        return False
-    if "tokenizer_config.json" not in base_files:
-        return True
+        return None
     trust = {"trust_remote_code": job.trust_remote_code}
-    own, base = load_tokenizer(job.adapter, **trust), load_tokenizer(job.base, revision=job.revision or "main", **trust)
-    return own.get_vocab() != base.get_vocab() or own.chat_template != base.chat_template
+    own = load_tokenizer(job.adapter, **trust)
+    if "tokenizer_config.json" not in base_files:
+        return own
+    base = load_tokenizer(job.base, revision=job.revision or "main", **trust)
+    same = ("chat_template", "special_tokens_map")
+    differs = own.get_vocab() != base.get_vocab() or any(getattr(own, one) != getattr(base, one) for one in same)
+    return own if differs else None
 
 
 # ---- the card --------------------------------------------------------------------------------------------------------

@@ -14,9 +14,6 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
 )
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -37,6 +34,7 @@ from qlora_dpo.adapters import (
 )
 from qlora_dpo.config import best_precision
 from qlora_dpo.offload import keep_embeddings_on_cpu, require_frozen_embeddings
+from qlora_dpo.origins import base_commit
 from qlora_dpo.paths import (
     RECORD_NAME,
     TOKENIZER_FILES,
@@ -51,6 +49,7 @@ from qlora_dpo.paths import (
     with_revision,
 )
 from qlora_dpo.recompute import checkpoint_activations
+from qlora_dpo.weights import fit_vocabulary, load_adapter_weights, shapes_checked_later
 
 
 def compute_dtype() -> torch.dtype:
@@ -69,7 +68,10 @@ def default_quantization() -> BitsAndBytesConfig:
 
 
 def default_lora() -> LoraConfig:
-    """LoRA of rank 16 on every linear layer but the head."""
+    """LoRA of rank 16 on every linear layer but the head.
+
+    PEFT counts routers and stacked experts of a mixture among them (`target_parameters` in the saved config).
+    """
     return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -136,6 +138,7 @@ def load_base(
     with at_revision("model", name, kwargs.get("revision")):
         model = AutoModelForCausalLM.from_pretrained(lasting(name), **kwargs)  # the adapter's config will name it
     model.config.use_cache = False
+    model.commit = base_commit(name, kwargs.get("revision"))  # type: ignore[assignment]
     keep_one_arithmetic(model)
     head = model.get_output_embeddings()
     if hasattr(head, "compute_dtype") and head.weight is model.get_input_embeddings().weight:
@@ -260,15 +263,19 @@ def _with_trained(
     """
     folder = local_adapter(adapter, token)
     below = adapters_below(adapter) if peft_config is None else [*adapters_below(adapter), adapter]
+    for source in [*below, adapter]:
+        fit_vocabulary(base, source)
     if not below:
-        policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        with shapes_checked_later(adapter) as options:
+            policy = PeftModel.from_pretrained(base, folder, is_trainable=True, **options)
         train_in_fp32(policy)  # before its weights are put in place, which are in fp32 where it was saved
-        require_all_weights(policy, adapter, "default")
+        load_adapter_weights(policy, adapter, "default")
         policy.adapter_sources = {"default": adapter}
         return policy
     require_intact_base(below[0])
-    policy = PeftModel.from_pretrained(base, local_adapter(below[0]), adapter_name="below")
-    require_all_weights(policy, below[0], "below")
+    with shapes_checked_later(below[0]) as options:
+        policy = PeftModel.from_pretrained(base, local_adapter(below[0]), adapter_name="below", **options)
+    load_adapter_weights(policy, below[0], "below")
     policy.adapter_sources = {"below": below[0]}
     for source in below[1:]:
         name = add_saved_adapter(policy, source, "below")
@@ -276,7 +283,7 @@ def _with_trained(
     policy.base_model.set_adapter(list(policy.adapter_sources))
     name = stack_adapter(policy, peft_config or PeftConfig.from_pretrained(folder))
     if peft_config is None:
-        require_all_weights(policy, adapter, name)
+        load_adapter_weights(policy, adapter, name)
         policy.adapter_sources[name] = adapter
     return policy
 
@@ -345,10 +352,11 @@ def add_saved_adapter(policy: PeftModel, source: str, stem: str) -> str:
         )
     name = free_name(policy, stem)
     flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    policy.load_adapter(folder, name, is_trainable=False)
+    with shapes_checked_later(source) as options:
+        policy.load_adapter(folder, name, is_trainable=False, **options)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-    require_all_weights(policy, source, name)
+    load_adapter_weights(policy, source, name)
     return name
 
 
@@ -364,23 +372,6 @@ def require_intact_base(source: str) -> None:
             f"The adapter {source} must leave the base as it is, got init_lora_weights={config.init_lora_weights!r}. "
             "Convert it to plain LoRA (PEFT's path_initial_model_for_weight_conversion)."
         )
-
-
-def require_all_weights(policy: PeftModel, source: str, name: str) -> None:
-    """Put a saved adapter's weights in place, and see that every weight of the adapter got one and none is left over.
-
-    Raises:
-        ValueError: If the adapter is of another model.
-    """
-    state = load_peft_weights(local_adapter(source), device="cpu")
-    expected = set(get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False))
-    given = {key for key in state if policy.base_model.prefix in key or key in expected}
-    if given != expected:
-        raise ValueError(
-            f"The adapter {source} must fit the model, got {len(expected - given)} weights that it lacks and "
-            f"{len(given - expected)} that the model has no place for. Load it on the base it was trained on."
-        )
-    set_peft_model_state_dict(policy, state, adapter_name=name)
 
 
 def load_tokenizer(path_or_id: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -426,4 +417,4 @@ def load_trained(policy: PeftModel, folder: str) -> None:
                 f"A checkpoint must hold the adapter's weights in {SAFETENSORS_WEIGHTS_NAME}, got none in {where}. "
                 "Check the path."
             )
-        require_all_weights(policy, where, name)
+        load_adapter_weights(policy, where, name)

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.checkpoints import last_intact
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
-from qlora_dpo.origins import base_commit, base_licence, versions
+from qlora_dpo.origins import base_licence, versions
 from qlora_dpo.paths import (
     RECORD_NAME,
     UNKNOWN,
@@ -123,7 +123,7 @@ def record_of(
     return AdapterRecord(
         base=name,
         base_revision=adapter.revision,
-        base_commit=getattr(base.config, "_commit_hash", None) or base_commit(name, adapter.revision),
+        base_commit=getattr(base, "commit", None),  # of a model that was loaded elsewhere it is not known
         licence=base_licence(name, adapter.revision),
         datasets=datasets or {},
         evaluations=evaluations or {},
@@ -144,16 +144,6 @@ def record_of(
         pair_strategy=args.pair_strategy,
         run=run or {},
     )
-
-
-def name_base_commit(policy: PeftModel) -> None:
-    """Let adapters name the commit of their base where it is not that of the main branch, which is loaded otherwise."""
-    config = policy.get_base_model().config
-    commit = getattr(config, "_commit_hash", None)
-    for adapter in policy.peft_config.values():
-        name = adapter.base_model_name_or_path or config._name_or_path
-        if commit is not None and adapter.revision is None and base_commit(name) not in (None, commit):
-            adapter.revision = commit
 
 
 def write_record(folder: str, policy: PeftModel, record: AdapterRecord) -> None:

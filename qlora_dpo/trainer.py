@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, denumpify_detensorize
 
-from qlora_dpo.adapters import require_trainable
+from qlora_dpo.adapters import require_trainable, trained_adapters
 from qlora_dpo.arguments import (
     Preparation,
     announce,
@@ -60,7 +60,7 @@ from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
 from qlora_dpo.recompute import checkpoint_activations, keep_activations
-from qlora_dpo.record import name_base_commit, read_record
+from qlora_dpo.record import read_record
 from qlora_dpo.reference import (
     GIVEN,
     AverageReference,
@@ -75,6 +75,7 @@ from qlora_dpo.room import budget_for, kept_layers_for, spare_host_memory
 from qlora_dpo.sampling import filled, replaced
 from qlora_dpo.saving import SavingTrainer
 from qlora_dpo.step import Step
+from qlora_dpo.weights import require_saved_vocabulary
 
 
 class QLoRADPOTrainer(SavingTrainer):
@@ -142,6 +143,8 @@ class QLoRADPOTrainer(SavingTrainer):
             use_liger(reference.model, args)
         if train_dataset is not None:
             require_trainable(policy)
+            for name in trained_adapters(policy):
+                require_saved_vocabulary(policy, name)
             require_own_folder(args, policy, reference)
         step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
         self.starts_at_reference = starts_at(reference, policy)
@@ -478,7 +481,6 @@ def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:
     """Have a policy's layers compute as the step needs them."""
     if args.use_liger_kernel:  # Trainer does it when a training begins, and an evaluation may come before
         use_liger(policy, args)
-    name_base_commit(policy)
     keep_one_arithmetic(policy)
     keep_trained_biases(policy)
     use_fast_lora(policy)

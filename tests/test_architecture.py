@@ -43,6 +43,7 @@ LAYERS = [
         "remembered",
     },
     {"config"},
+    {"weights"},
     {"model", "forward"},
     {"reference", "shapes", "footprint", "shards"},
     {"memory", "record", "fold", "resuming", "checkpoints", "arguments", "proof", "precomputed", "step", "callbacks"},

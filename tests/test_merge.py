@@ -13,7 +13,24 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import ModelCard
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    FourierFTConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PromptTuningConfig,
+    RandLoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -28,8 +45,8 @@ from transformers import (
 from qlora_dpo import QLoRADPOConfig, load_policy, merge_adapter
 from qlora_dpo.__main__ import main
 from qlora_dpo.files import load_rows
-from qlora_dpo.fold import _quantized_and_back
-from qlora_dpo.model import load_base
+from qlora_dpo.fold import BaseWeights, _quantized_and_back
+from qlora_dpo.model import default_lora, load_base
 from qlora_dpo.record import record_of, write_record
 from qlora_dpo.reference import make_reference
 from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes
@@ -167,6 +184,20 @@ KINDS = {
     "gpt2, dora": ("gpt2", lora(target_modules=GPT2_LAYERS, use_dora=True)),
     "gpt2, biases": ("gpt2", lora(target_modules=GPT2_LAYERS, bias="all")),
 }
+OTHER_KINDS = {
+    "ln tuning": ("llama", LNTuningConfig(target_modules=["input_layernorm"])),
+    "ln tuning with biases": ("gpt2", LNTuningConfig(target_modules=["ln_1"])),
+    "randlora": ("llama", RandLoraConfig(r=4, target_modules=["q_proj", "down_proj"])),
+    "vera": ("llama", VeraConfig(r=4, target_modules=["q_proj", "down_proj"])),
+    "oft": ("llama", OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"])),
+}
+SIXTEEN_BIT_KINDS = OTHER_KINDS | {
+    "loha": ("llama", LoHaConfig(r=4, target_modules=["q_proj"])),
+    "lokr": ("llama", LoKrConfig(r=4, target_modules=["q_proj"])),
+    "boft": ("llama", BOFTConfig(boft_block_size=4, target_modules=["q_proj"])),
+    "hra": ("llama", HRAConfig(r=4, target_modules=["q_proj"])),
+    "fourierft": ("llama", FourierFTConfig(n_frequency=10, target_modules=["q_proj"])),
+}
 PARTED = {"tied, embeddings", "tied, head", "tied, whole embeddings", "tied, whole head"}
 
 
@@ -187,6 +218,29 @@ def test_the_merged_model_is_4_bit_base_and_adapter(kind, bases, tmp_path):
     assert "quantization_config" not in config
     if report.untied:  # transformers sees it in the weights, other programs read the config
         assert config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantize"), [(kind, False) for kind in SIXTEEN_BIT_KINDS] + [(kind, True) for kind in OTHER_KINDS]
+)
+def test_every_kind_that_is_merged_is_base_and_adapter(kind, quantize, bases, tmp_path):
+    base, config = SIXTEEN_BIT_KINDS[kind]
+    config.task_type = "CAUSAL_LM"
+    options = {} if quantize else {"quantize": False, "quantization_config": None}
+    policy, adapter = trained(bases[base], tmp_path / "adapter", config, **options)
+    expected = logits(policy)
+    with policy.disable_adapter():
+        assert error(logits(policy), expected) > 0.003
+    _, model = merged(adapter, tmp_path / "out")
+    assert error(logits(model), expected) <= ROUNDING
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=str)
+def test_a_base_whose_head_is_in_4_bit(targets, bases, tmp_path):
+    """PEFT saves a head that has LoRA on it, packed, in the adapter's file."""
+    policy, adapter = trained(bases["llama"], tmp_path / "adapter", lora(target_modules=targets), quantize_head=True)
+    _, model = merged(adapter, tmp_path / "out")
+    assert error(logits(model), logits(policy)) <= ROUNDING
 
 
 def test_the_original_base_takes_the_adapter_too(bases, tmp_path):
@@ -364,6 +418,44 @@ def test_experts_that_are_put_together_while_loading_are_carried_over(family, to
     assert error(logits(model), logits(policy)) <= 1e-4
 
 
+@pytest.mark.parametrize("into", ["quantized", "original"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_routers_and_experts_that_the_default_lora_trains_are_merged(family, into, tokenizer, tmp_path):
+    """PEFT makes "all-linear" of a mixture `target_parameters`; in the files each expert has tensors of its own."""
+    build_tiny(family).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {} if into == "quantized" else {"quantize": False, "quantization_config": None}
+    policy, adapter = trained(str(tmp_path / "base"), tmp_path / "adapter", default_lora(), **options)
+    assert policy.peft_config["default"].target_parameters == {"gate.weight", "gate_up_proj", "down_proj"}
+    report, model = merged(adapter, tmp_path / "out", into=into)
+    assert error(logits(model), logits(policy)) <= ROUNDING
+    assert report.layers == 2 * (4 + 2)
+    names = open_checkpoint(str(tmp_path / "base")).names()
+    assert open_checkpoint(str(tmp_path / "out")).names() == names
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_an_adapter_is_put_on_by_name(family, tokenizer, tmp_path):
+    """Of gpt_oss they lie together in the files, turned round, and with biases that stay."""
+    build_tiny(family).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}
+    _, sft = trained(str(tmp_path / "base"), tmp_path / "sft", lora(**targets))
+    policy, adapter = trained(str(tmp_path / "base"), tmp_path / "dpo", lora(r=2, **targets), seed=1, adapter=sft)
+    _, model = merged(adapter, tmp_path / "out")
+    assert error(logits(model), logits(policy)) <= ROUNDING
+
+
+def test_experts_that_lie_in_the_files_in_another_way_are_refused(tokenizer, tmp_path, monkeypatch):
+    build_tiny("mixtral").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    _, adapter = trained(str(tmp_path / "base"), tmp_path / "adapter", default_lora())
+    part = BaseWeights.part
+    monkeypatch.setattr(BaseWeights, "part", lambda self, key: part(self, key)[:1])
+    with pytest.raises(NotImplementedError, match="Experts must lie in the files as transformers writes them, got"):
+        merge_adapter(adapter, str(tmp_path / "out"))
+
+
 def correction_bias(model):
     return next(buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
 
@@ -410,6 +502,24 @@ def test_the_tokenizer_is_the_adapters_where_it_has_another_template(bases, tmp_
         Path(bases["llama"], name).unlink()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages[0]['content'] }}"
     assert [name for name in beside if not (tmp_path / "out" / name).is_file()] == []
+
+
+@pytest.mark.parametrize("generation", [True, False], ids=["generation config", "none"])
+def test_the_merged_model_ends_where_the_tokenizer_of_the_adapter_says(generation, bases, tmp_path):
+    """The same tokens, another one of which ends an answer."""
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    if not generation:
+        (base / "generation_config.json").unlink()
+    _, adapter = trained(str(base), tmp_path / "adapter", lora())
+    tokenizer = build_chat_tokenizer()
+    assert tokenizer.eos_token != "<end>"
+    tokenizer.eos_token = "<end>"
+    tokenizer.save_pretrained(adapter)
+    merge_adapter(adapter, str(tmp_path / "out"))
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert found.eos_token == "<end>"
+    model = plain(tmp_path / "out")
+    assert model.generation_config.eos_token_id == [found.convert_tokens_to_ids("<end>"), model.config.eos_token_id]
 
 
 def test_every_file_that_serving_needs_is_carried_over(bases, tmp_path):
@@ -493,13 +603,44 @@ def with_config(adapter, folder, config):
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "got PROMPT_TUNING"),
         (AdaLoraConfig(task_type="CAUSAL_LM", total_step=10), "got AdaLoRA"),
         (lora(init_lora_weights="pissa"), "must leave the base as it is, got init_lora_weights='pissa'"),
-        (lora(target_parameters=["mlp.experts.down_proj"]), "`target_parameters` must be empty"),
+        (lora(layer_replication=[[0, 2], [0, 2]]), "`layer_replication` must be unset to merge, got"),
+        (MissConfig(task_type="CAUSAL_LM", r=2), "must be of a kind whose merge is tested .LORA, .*, got MISS"),
     ],
 )
 def test_kinds_that_are_no_change_of_weights_are_refused(config, message, adapter, tmp_path):
     other = with_config(adapter, tmp_path / "other", config)
     with pytest.raises((NotImplementedError, ValueError), match=message):
         merge_adapter(other, str(tmp_path / "out"))
+
+
+def test_a_layer_with_adapters_of_two_kinds_is_refused(bases, tmp_path):
+    """Tokens that are trained in embeddings are trained in a head that is tied to them."""
+    config = lora(target_modules=["q_proj", "lm_head"], trainable_token_indices=[4, 9])
+    _, adapter = trained(bases["tied"], tmp_path / "adapter", config)
+    with pytest.raises(NotImplementedError, match=r"adapters of one kind to be merged, got lm_head\. Serve base"):
+        merge_adapter(adapter, str(tmp_path / "out"))
+
+
+def test_numbers_that_the_file_of_an_adapter_lacks_are_named(bases, tmp_path):
+    config = VeraConfig(r=4, target_modules=["q_proj"], save_projection=False, task_type="CAUSAL_LM")
+    _, adapter = trained(bases["llama"], tmp_path / "adapter", config)
+    with pytest.raises(
+        NotImplementedError, match=r"compute with to be merged, got none for base_model\..*vera_A\. Load"
+    ):
+        merge_adapter(adapter, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("wrong", ["merge", "delta"])
+def test_a_merge_that_is_not_what_the_layer_computes_is_noticed(wrong, bases, tmp_path, monkeypatch):
+    """Whatever PEFT makes of an option that no test here knows."""
+    _, adapter = trained(bases["llama"], tmp_path / "adapter", lora())
+    if wrong == "merge":
+        monkeypatch.setattr(LoraLinear, "merge", lambda *args, **kwargs: None)
+    else:
+        delta = LoraLinear.get_delta_weight
+        monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda self, name: 1.02 * delta(self, name))
+    with pytest.raises(NotImplementedError, match=r"PEFT can merge, got model.* merged it is off by .*% of what"):
+        merge_adapter(adapter, str(tmp_path / "out"))
 
 
 def test_an_adapter_of_another_model_is_refused(bases, adapter, tmp_path):

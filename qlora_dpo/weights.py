@@ -1,0 +1,147 @@
+"""What a saved adapter's file holds, and the model that it is for: its weights, and a vocabulary that was resized."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora_dpo.paths import local_adapter
+
+_BASE_ROWS = ("original_module.weight", "base_layer.weight", "token_adapter.base_layer.weight", "weight")
+"""Where an adapter's file holds the base's own embeddings or head, by what changes them; the first that is there."""
+
+
+def load_adapter_weights(policy: PeftModel, source: str, name: str) -> None:
+    """Put a saved adapter's weights in place; copies of the base's weights beside them stay in the file.
+
+    PEFT saves the embeddings or the head where an adapter changes one, packed if they are in 4 bit.
+
+    Raises:
+        ValueError: If its file is cut off, or the adapter is of another model: it lacks a weight, or has one that the
+            model has no place for or that is of another shape there.
+    """
+    with _whole_file(source):
+        state = load_peft_weights(local_adapter(source), device="cpu")
+    own = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+    given = {key: value for key, value in state.items() if policy.base_model.prefix in key or key in own}
+    lacking, left = len(own.keys() - given.keys()), len(given.keys() - own.keys())
+    other = [key for key in given if key in own and given[key].shape != own[key].shape]
+    if lacking or left or other:
+        shapes = f", as {other[0]}: {list(given[other[0]].shape)} for {list(own[other[0]].shape)}" if other else ""
+        raise ValueError(
+            f"The adapter {source} must fit the model, got {lacking} weights that it lacks, {left} that the model has "
+            f"no place for and {len(other)} of another shape{shapes}. Load it on the base it was trained on."
+        )
+    set_peft_model_state_dict(policy, given, adapter_name=name)
+
+
+def fit_vocabulary(base: PreTrainedModel, source: str) -> dict[str, Tensor]:
+    """Resize a base as it was when a saved adapter was trained, with the rows that were made up for added tokens.
+
+    PEFT saves embeddings and head of a resized base beside the adapter's weights.
+
+    Returns:
+        Weights, `(vocabulary, hidden)`, and biases of embeddings and head by name; empty if they have as many rows.
+
+    Raises:
+        ValueError: If the adapter's file is cut off, or holds only one of the two.
+    """
+    both = _vocabulary(base)
+    modules = {name: module for name, module in base.named_modules() if module in both}
+    found: dict[str, Tensor] = {}
+    path = Path(local_adapter(source), SAFETENSORS_WEIGHTS_NAME)
+    with _whole_file(source), safe_open(path, framework="pt") as file:
+        known = set(file.keys())
+        for name, module in modules.items():
+            keys = (f"base_model.model.{name}.{leaf}" for leaf in _BASE_ROWS)
+            key = next((key for key in keys if key in known), None)
+            if key is None or not _resized(file.get_slice(key).get_shape(), module.weight.shape):
+                continue
+            stem = key.removesuffix("weight")
+            found |= {
+                f"{name}.{leaf}": file.get_tensor(stem + leaf) for leaf in ("weight", "bias") if stem + leaf in known
+            }
+    if not found:
+        return found
+    tokens, now = len(next(iter(found.values()))), base.get_input_embeddings().weight.shape[0]
+    if sum(name.endswith(".weight") for name in found) < len({module.weight for module in modules.values()}):
+        raise ValueError(
+            f"The base of the adapter {source} must have {tokens} tokens, got {now}, and the adapter holds only one of "
+            "its embeddings and head. Save the base as it was resized with save_pretrained, and name that folder."
+        )
+    base.resize_token_embeddings(tokens, mean_resizing=False)
+    for name, rows in found.items():
+        base.get_parameter(name).data.copy_(rows)
+    return found
+
+
+def _vocabulary(base: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """Embeddings and head."""
+    return base.get_input_embeddings(), base.get_output_embeddings()
+
+
+def _resized(saved: Sequence[int], now: Sequence[int]) -> bool:
+    """Whether two shapes, none of them that of packed numbers, differ in their rows alone."""
+    return list(saved[1:]) == list(now[1:]) and saved[0] != now[0]
+
+
+def require_saved_vocabulary(policy: PeftModel, name: str) -> None:
+    """Refuse to train on a base with added tokens whose embeddings and head no saved adapter would hold.
+
+    PEFT saves them unless an adapter changes one of the two, or the base's config cannot be looked up.
+
+    Raises:
+        ValueError: If the base in memory has another vocabulary than on disk, and one of the two would be lost.
+    """
+    adapter, base = policy.peft_config[name], policy.get_base_model()
+    source = adapter.base_model_name_or_path
+    if not source:
+        return  # a base that was made in memory
+    try:
+        config = type(base.config).from_pretrained(source, revision=adapter.revision or "main")
+    except (OSError, HFValidationError):
+        return  # a name that leads to nothing
+    stored, now = (one.get_text_config().vocab_size for one in (config, base.config))
+    if stored == now:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT's, on saving the embeddings
+        held = get_peft_model_state_dict(policy, adapter_name=name)
+    both = _vocabulary(base)
+    paths = [path for path, module in base.named_modules() if module in both]
+    if not all(any(f"base_model.model.{path}.{leaf}" in held for leaf in _BASE_ROWS) for path in paths):
+        raise ValueError(
+            f"A base whose vocabulary was changed must be saved before it is trained on, got {now} tokens in memory "
+            f"and {stored} in {source}. Save it with save_pretrained, and name that folder."
+        )
+
+
+@contextlib.contextmanager
+def _whole_file(source: str) -> Iterator[None]:
+    """Say plainly if the weights of an adapter cannot be read.
+
+    Raises:
+        ValueError: If so.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"The adapter {source} must have whole weights in {SAFETENSORS_WEIGHTS_NAME}, got a file that cannot be "
+            f"read ({error}). Copy or download it again."
+        ) from error
+
+
+@contextlib.contextmanager
+def shapes_checked_later(source: str) -> Iterator[dict[str, bool]]:
+    """Options with which PEFT makes the layers of a saved adapter, whose weights `load_adapter_weights` checks next."""
+    with _whole_file(source), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some weights of .* were not initialized from the model checkpoint")
+        yield {"ignore_mismatched_sizes": True}
