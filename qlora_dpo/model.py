@@ -84,7 +84,7 @@ def keep_one_arithmetic(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -138,7 +138,7 @@ def load_base(
     with at_revision("model", name, kwargs.get("revision")):
         model = AutoModelForCausalLM.from_pretrained(lasting(name), **kwargs)  # the adapter's config will name it
     model.config.use_cache = False
-    model.commit = base_commit(name, kwargs.get("revision"))  # type: ignore[assignment]
+    model.commit = base_commit(name, kwargs.get("revision"))
     keep_one_arithmetic(model)
     head = model.get_output_embeddings()
     if hasattr(head, "compute_dtype") and head.weight is model.get_input_embeddings().weight:
