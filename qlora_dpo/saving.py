@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class SavingTrainer(StepTrainer):
         return self.state.global_step if self._loaded_step is None else self._loaded_step
 
     def _record(self) -> AdapterRecord:
-        """What lies beside the adapter."""
-        return record_of(
+        """What lies beside the adapter; `beta` as it is now, beside the options of the loss as the run began."""
+        record = record_of(
             self.model,
             self.args,
             self.reference,
@@ -82,6 +83,7 @@ class SavingTrainer(StepTrainer):
             evaluations=self._judged_at[self._weights_step],
             run=self._run,
         )
+        return replace(record, beta=self.beta)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As `Trainer`'s, with the state of the step, and marked as whole before it is pushed or others are deleted."""
@@ -105,6 +107,7 @@ class SavingTrainer(StepTrainer):
         """The trained adapter, the step's state and the log's; frozen adapters and what is trainable stay as is."""
         load_trained(self.model, resume_from_checkpoint)
         load_step_state(self.step, Path(resume_from_checkpoint))
+        self.beta = read_record(resume_from_checkpoint).beta  # a callback may have changed it
         self.load_log_state(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -131,7 +134,9 @@ class SavingTrainer(StepTrainer):
         """The trained adapter of the best checkpoint, and the step's state there."""
         best = str(self.state.best_model_checkpoint)
         self._loaded_step = self.state.best_global_step
-        self._judged_at[self._loaded_step] = read_record(best).evaluations  # also by a run that was stopped since
+        record = read_record(best)
+        self._judged_at[self._loaded_step] = record.evaluations  # also by a run that was stopped since
+        self.beta = record.beta
         load_trained(self.model, best)
         load_step_state(self.step, Path(best))
 

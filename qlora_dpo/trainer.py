@@ -52,6 +52,7 @@ from qlora_dpo.lean import use_lean_layers
 from qlora_dpo.lora import keep_trained_biases, use_fast_lora
 from qlora_dpo.memory import weight_bytes
 from qlora_dpo.metrics import preference_metrics
+from qlora_dpo.migration import check_callbacks, check_overrides
 from qlora_dpo.model import keep_one_arithmetic
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
@@ -126,6 +127,8 @@ class QLoRADPOTrainer(SavingTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
+        check_overrides(type(self))
+        check_callbacks(callbacks)
         args = args or QLoRADPOConfig(output_dir="qlora-dpo-output")
         check_arguments(ref_model, args, data_collator, train_dataset, eval_dataset)
         check_best_metric(args, eval_dataset, compute_metrics is not None)
@@ -195,6 +198,11 @@ class QLoRADPOTrainer(SavingTrainer):
         if isinstance(self.reference, AverageReference):
             self.sync = SyncReference(self.reference, args.ref_model_sync_steps)
             self.add_callback(self.sync)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """As `Trainer.add_callback`, but for those of TRL that cannot work here."""
+        check_callbacks([callback])
+        super().add_callback(callback)
 
     # ---- data ----------------------------------------------------------------------------------------------------
 

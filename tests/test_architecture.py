@@ -40,6 +40,7 @@ LAYERS = [
         "data_report",
         "sampling",
         "budget",
+        "migration",
         "remembered",
     },
     {"config"},
