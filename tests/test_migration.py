@@ -1,5 +1,6 @@
 """What a script for TRL's trainer does beside its constructor: it works, or it is refused by name."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from transformers import (
     TrainerCallback,
 )
@@ -352,3 +354,53 @@ def test_other_callbacks_of_that_name_or_of_trl_are_taken(tokenizer, make_args):
     assert {"RichProgressCallback", "LogCompletionsCallback"} <= {
         type(callback).__name__ for callback in trainer.callback_handler.callbacks
     }
+
+
+# ---- the card --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tokenizer, make_args):
+    trainer = trainer_of(tokenizer, make_args(max_steps=1))
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def card_of(trainer):
+    return ModelCard(Path(trainer.args.output_dir, "README.md").read_text())
+
+
+def test_a_card_takes_the_arguments_of_trl_in_their_order(trained):
+    trained.create_model_card("my-model", "trl-lib/ultrafeedback_binarized", ["a", "b"])
+    card = card_of(trained)
+    assert "\n# my-model\n" in card.text
+    assert card.data.datasets == ["trl-lib/ultrafeedback_binarized"]
+    assert {"a", "b"} <= set(card.data.tags)
+    assert (card.data.language, card.data.license) == (None, None)
+    assert "- train: trl-lib/ultrafeedback_binarized, " in card.text
+
+
+def test_the_name_of_the_data_stays_in_the_record(trained):
+    trained.create_model_card(dataset_name="trl-lib/x")
+    assert read_record(trained.args.output_dir).datasets["train"]["id"] == "trl-lib/x"
+    trained.save_model()
+    assert card_of(trained).data.datasets == ["trl-lib/x"]
+    trained.create_model_card()
+    assert card_of(trained).data.datasets == ["trl-lib/x"]
+
+
+def test_a_push_names_the_data_too(trained, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("qlora_dpo.saving.make_repository", lambda name, **options: name)
+    monkeypatch.setattr("qlora_dpo.saving.upload", lambda folder, *options: pushed.append(folder))
+    trained.push_to_hub(dataset_name="trl-lib/x")
+    assert pushed == [trained.args.output_dir]
+    assert card_of(trained).data.datasets == ["trl-lib/x"]
+    assert json.loads(Path(pushed[0], "qlora_dpo.json").read_text())["datasets"]["train"]["id"] == "trl-lib/x"
+
+
+def test_data_that_there_is_not_cannot_be_named(tokenizer, make_args):
+    trainer = trainer_of(tokenizer, make_args(reference="base"), rows=None, eval_rows=CHAT_ROWS)
+    with pytest.raises(ValueError, match="`dataset_name` must be None for a trainer without training data, got x"):
+        trainer.create_model_card(dataset_name="x")
