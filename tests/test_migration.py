@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from transformers import (
+    BitsAndBytesConfig,
+    CLIPVisionConfig,
+    LlavaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainerCallback,
 )
 
@@ -404,3 +410,77 @@ def test_data_that_there_is_not_cannot_be_named(tokenizer, make_args):
     trainer = trainer_of(tokenizer, make_args(reference="base"), rows=None, eval_rows=CHAT_ROWS)
     with pytest.raises(ValueError, match="`dataset_name` must be None for a trainer without training data, got x"):
         trainer.create_model_card(dataset_name="x")
+
+
+# ---- what is loaded --------------------------------------------------------------------------------------------------
+
+
+def loaded(base_folder, args, **options):
+    rows = Dataset.from_list(CHAT_ROWS[:4])
+    return QLoRADPOTrainer(model=base_folder, args=args, train_dataset=rows, **options)
+
+
+def test_the_quantisation_may_stand_in_model_init_kwargs(base_folder, make_args):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    kwargs = {"quantization_config": quantization, "dtype": "float32"}
+    trainer = loaded(base_folder, make_args(max_steps=1, model_init_kwargs=kwargs))
+    trainer.train()
+    assert trainer.model.get_base_model().config.quantization_config.bnb_4bit_quant_type == "fp4"
+    trainer.save_model()
+    assert read_record(trainer.args.output_dir).quantization["bnb_4bit_quant_type"] == "fp4"
+
+
+def test_none_as_quantisation_in_model_init_kwargs_loads_the_model_as_it_is(base_folder, make_args, capsys):
+    trainer = loaded(base_folder, make_args(model_init_kwargs={"quantization_config": None, "dtype": "float32"}))
+    assert not getattr(trainer.model.get_base_model(), "is_loaded_in_4bit", False)
+    assert "in torch.float32" in capsys.readouterr().err
+
+
+def test_none_as_quantisation_holds_for_the_base_of_an_adapter_too(base_folder, make_args, tmp_path):
+    first = loaded(base_folder, make_args(max_steps=1, output_dir=str(tmp_path / "first")))
+    first.train()
+    first.save_model()
+    args = make_args(model_init_kwargs={"quantization_config": None})
+    with pytest.warns(UserWarning, match="must be on its base as it was trained"):
+        trainer = loaded(str(tmp_path / "first"), args)
+    assert not getattr(trainer.model.get_base_model(), "is_loaded_in_4bit", False)
+
+
+def test_the_quantisation_must_be_given_once(base_folder, make_args):
+    args = make_args(model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
+    with pytest.raises(ValueError, match="`quantization_config` must be given once"):
+        loaded(base_folder, args, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_an_adapter_as_a_dict_is_refused(base_folder, tokenizer, make_args, as_object):
+    model = build_tiny_llama(tokenizer) if as_object else base_folder
+    with pytest.raises(TypeError, match="`peft_config` must be a config of PEFT, got dict"):
+        QLoRADPOTrainer(
+            model=model,
+            args=make_args(),
+            train_dataset=Dataset.from_list(CHAT_ROWS),
+            processing_class=tokenizer,
+            peft_config={"r": 4},
+        )
+
+
+def test_a_vision_language_model_by_name_is_refused_in_a_sentence(tokenizer, make_args, tmp_path):
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlavaConfig(vision_config=vision, text_config=build_tiny_llama(tokenizer).config).save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="`model` must name a decoder-only language model, got ") as error:
+        loaded(str(tmp_path), make_args(), processing_class=tokenizer)
+    assert "LlavaConfig" in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_an_encoder_decoder_is_refused(tokenizer, make_args):
+    config = T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    with pytest.raises(NotImplementedError, match="`model` must be a decoder-only language model, got t5"):
+        QLoRADPOTrainer(
+            model=T5ForConditionalGeneration(config),
+            args=make_args(),
+            train_dataset=Dataset.from_list(CHAT_ROWS),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(target_modules=["q", "v"]),
+        )
