@@ -81,6 +81,28 @@ def check_best_metric(args: QLoRADPOConfig, eval_dataset: Any, own_metrics: bool
     raise ValueError(f"`metric_for_best_model` must be a key of the evaluation, got {metric}. {hint}")
 
 
+def require_text(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Refuse rows with images, which a model would be trained on without seeing them.
+
+    Raises:
+        NotImplementedError: If there is a column of them.
+    """
+    columns = dataset.column_names
+    if columns is None:  # a stream of a generator shows them in its first row
+        columns = list(next(iter(dataset), {}))
+    if found := [column for column in ("image", "images") if column in columns]:
+        raise NotImplementedError(
+            f"The {name} data set must be of text, got a column `{found[0]}`: images are not built yet. Remove the "
+            "column where the text is enough."
+        )
+
+
+def tell_what_metrics_get(args: QLoRADPOConfig) -> None:
+    """Say what `compute_metrics` is called with: one that was written for logits would give numbers without a word."""
+    if args.process_index == 0:
+        print("compute_metrics gets rewards of pairs, (chosen, rejected), and their rows; no logits", file=sys.stderr)
+
+
 class Preparation:
     """Tokenises data sets, checks that the objective can use their columns, and shows what became of their rows.
 
@@ -110,6 +132,7 @@ class Preparation:
             raise TypeError(
                 f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list."
             )
+        require_text(dataset, name)
         self.origins[name] = data_origin(dataset)
         with self.args.main_process_first(desc="tokenising"):
             prepared, report = prepare_dataset(dataset, name=name, **self._options)

@@ -31,6 +31,7 @@ from qlora_dpo.arguments import (
     require_shardable,
     result_name,
     router_coefficient,
+    tell_what_metrics_get,
     tokenizer_from,
     use_liger,
 )
@@ -226,6 +227,8 @@ class QLoRADPOTrainer(SavingTrainer):
         """Check models and vocabulary, choose the layout, and open the cache of the reference, once."""
         if self._proven:
             return
+        if self.compute_metrics is not None:
+            tell_what_metrics_get(self.args)
         groups, asked = self._sample(), self.args.batch_layout
         limits = self.args.max_length, self.args.device, self.data_collator.max_tokens
         with self.accelerator.autocast(), memory_said(*_AT_THE_START):

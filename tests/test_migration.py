@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import (
@@ -326,6 +326,16 @@ def test_a_term_of_the_weights_is_added_once_whatever_the_accumulation(tokenizer
     assert torch.allclose(after[1], after[0] - 0.1 * before, atol=1e-6)
 
 
+def test_what_compute_metrics_gets_is_said_once(tokenizer, make_args, capsys):
+    options = {"rows": None, "eval_rows": RANKED, "policy": policy_of(tokenizer, random_b=True)}
+    trainer = trainer_of(tokenizer, make_args(reference="base"), compute_metrics=lambda p: {"n": len(p[1])}, **options)
+    trainer.evaluate()
+    trainer.evaluate()
+    assert capsys.readouterr().err.count("compute_metrics gets rewards of pairs") == 1
+    trainer_of(tokenizer, make_args(reference="base"), **options).evaluate()
+    assert "compute_metrics" not in capsys.readouterr().err
+
+
 # ---- callbacks -------------------------------------------------------------------------------------------------------
 
 
@@ -484,3 +494,17 @@ def test_an_encoder_decoder_is_refused(tokenizer, make_args):
             processing_class=tokenizer,
             peft_config=LoraConfig(target_modules=["q", "v"]),
         )
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_data_with_images_is_refused(tokenizer, make_args, column, stream):
+    rows = [{**row, column: "a.png"} for row in CHAT_ROWS]
+    data = IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
+    with pytest.raises(NotImplementedError, match=f"The train data set must be of text, got a column `{column}`"):
+        QLoRADPOTrainer(
+            model=policy_of(tokenizer), args=make_args(max_steps=1), train_dataset=data, processing_class=tokenizer
+        )
+    trainer = trainer_of(tokenizer, make_args())
+    with pytest.raises(NotImplementedError, match="The eval data set must be of text"):
+        trainer.evaluate(Dataset.from_list(rows))
