@@ -11,7 +11,7 @@ import peft
 import transformers
 from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.liger import apply_liger_kernel
 
@@ -81,6 +81,28 @@ def check_best_metric(args: QLoRADPOConfig, eval_dataset: Any, own_metrics: bool
     raise ValueError(f"`metric_for_best_model` must be a key of the evaluation, got {metric}. {hint}")
 
 
+def require_text(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Refuse rows with images, which a model would be trained on without seeing them.
+
+    Raises:
+        NotImplementedError: If there is a column of them.
+    """
+    columns = dataset.column_names
+    if columns is None:  # a stream of a generator shows them in its first row
+        columns = list(next(iter(dataset), {}))
+    if found := [column for column in ("image", "images") if column in columns]:
+        raise NotImplementedError(
+            f"The {name} data set must be of text, got a column `{found[0]}`: images are not built yet. Remove the "
+            "column where the text is enough."
+        )
+
+
+def tell_what_metrics_get(args: QLoRADPOConfig) -> None:
+    """Say what `compute_metrics` is called with: one that was written for logits would give numbers without a word."""
+    if args.process_index == 0:
+        print("compute_metrics gets rewards of pairs, (chosen, rejected), and their rows; no logits", file=sys.stderr)
+
+
 class Preparation:
     """Tokenises data sets, checks that the objective can use their columns, and shows what became of their rows.
 
@@ -110,6 +132,7 @@ class Preparation:
             raise TypeError(
                 f"A data set must be a datasets.Dataset, got {type(dataset).__name__}. Use Dataset.from_list."
             )
+        require_text(dataset, name)
         self.origins[name] = data_origin(dataset)
         with self.args.main_process_first(desc="tokenising"):
             prepared, report = prepare_dataset(dataset, name=name, **self._options)
@@ -181,19 +204,56 @@ def _keywords(value: dict[str, Any] | str | None) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
+def _quantization(quantization_config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for loading with the quantisation that the argument or `model_init_kwargs` names.
+
+    A None that `model_init_kwargs` spells out is a model that is loaded as it is, as in transformers.
+
+    Raises:
+        ValueError: If both name one.
+    """
+    if "quantization_config" not in kwargs:
+        return kwargs | {"quantization_config": quantization_config}
+    if quantization_config is not None:
+        raise ValueError(
+            "`quantization_config` must be given once, got one as an argument and one in `model_init_kwargs`. Drop the "
+            "latter."
+        )
+    return kwargs | {"quantize": kwargs["quantization_config"] is not None}
+
+
+def _loaded(model: str, args: QLoRADPOConfig, quantization_config: Any, peft_config: PeftConfig | None) -> PeftModel:
+    """The model of a name, with an adapter to train."""
+    kwargs = {"trust_remote_code": args.trust_remote_code} | _keywords(args.model_init_kwargs)
+    kwargs = _quantization(quantization_config, kwargs)
+    if adapter_folder(model):
+        kwargs |= {"gradient_checkpointing": bool(args.gradient_checkpointing)}
+        return load_policy(model, peft_config=peft_config, **kwargs)
+    model, kwargs = with_revision(model, kwargs)
+    try:
+        base = load_base(model, **kwargs)
+    except ValueError as error:
+        kind, found, _ = str(error).partition(" for this kind of AutoModel")
+        if not found:
+            raise
+        raise NotImplementedError(
+            f"`model` must name a decoder-only language model, got {model} ({kind}). Load another; one that sees "
+            "images can be loaded by its own class and passed as an object, to train it on text."
+        ) from error
+    weights = "4 bit" if is_quantized(base) else str(base.dtype)
+    if args.process_index == 0:
+        print(f"loaded {model} in {weights}, with {peft_config or 'default LoRA'}", file=sys.stderr)
+    return attach_adapter(base, peft_config, kwargs.get("revision"))
+
+
 def policy_from(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft_config: Any) -> PeftModel:
     """The model with an adapter to train: loaded, wrapped, or as it is."""
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` must be a config of PEFT, got {type(peft_config).__name__}. Use LoraConfig(...)."
+        )
     if isinstance(model, str):
-        kwargs = {"trust_remote_code": args.trust_remote_code} | _keywords(args.model_init_kwargs)
-        if adapter_folder(model):
-            kwargs |= {"gradient_checkpointing": bool(args.gradient_checkpointing)}
-            return load_policy(model, peft_config=peft_config, quantization_config=quantization_config, **kwargs)
-        model, kwargs = with_revision(model, kwargs)
-        base = load_base(model, quantization_config, **kwargs)
-        weights = "4 bit" if is_quantized(base) else str(base.dtype)
-        if args.process_index == 0:
-            print(f"loaded {model} in {weights}, with {peft_config or 'default LoRA'}", file=sys.stderr)
-        return attach_adapter(base, peft_config, kwargs.get("revision"))
+        return _loaded(model, args, quantization_config, peft_config)
     if args.model_init_kwargs:
         raise ValueError(
             "`model_init_kwargs` must be None for a model that is loaded, got some. Load the model with them."
@@ -201,6 +261,11 @@ def policy_from(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft
     if quantization_config is not None:
         raise ValueError(
             "`quantization_config` must be None for a model that is loaded, got one. Pass the model's name."
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"`model` must be a decoder-only language model, got {model.config.model_type}, which has an encoder too. "
+            "Load another."
         )
     if isinstance(model, PeftModel):
         if peft_config is not None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class SavingTrainer(StepTrainer):
         return self.state.global_step if self._loaded_step is None else self._loaded_step
 
     def _record(self) -> AdapterRecord:
-        """What lies beside the adapter."""
-        return record_of(
+        """What lies beside the adapter; `beta` as it is now, beside the options of the loss as the run began."""
+        record = record_of(
             self.model,
             self.args,
             self.reference,
@@ -82,6 +83,7 @@ class SavingTrainer(StepTrainer):
             evaluations=self._judged_at[self._weights_step],
             run=self._run,
         )
+        return replace(record, beta=self.beta)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As `Trainer`'s, with the state of the step, and marked as whole before it is pushed or others are deleted."""
@@ -105,6 +107,7 @@ class SavingTrainer(StepTrainer):
         """The trained adapter, the step's state and the log's; frozen adapters and what is trainable stay as is."""
         load_trained(self.model, resume_from_checkpoint)
         load_step_state(self.step, Path(resume_from_checkpoint))
+        self.beta = read_record(resume_from_checkpoint).beta  # a callback may have changed it
         self.load_log_state(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -131,7 +134,9 @@ class SavingTrainer(StepTrainer):
         """The trained adapter of the best checkpoint, and the step's state there."""
         best = str(self.state.best_model_checkpoint)
         self._loaded_step = self.state.best_global_step
-        self._judged_at[self._loaded_step] = read_record(best).evaluations  # also by a run that was stopped since
+        record = read_record(best)
+        self._judged_at[self._loaded_step] = record.evaluations  # also by a run that was stopped since
+        self.beta = record.beta
         load_trained(self.model, best)
         load_step_state(self.step, Path(best))
 
@@ -139,22 +144,50 @@ class SavingTrainer(StepTrainer):
 
     def create_model_card(
         self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        *,
         language: str | None = None,
         license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
         **others: Any,
     ) -> None:
         """Write the card into `output_dir`; base, data and results are those of the run.
 
+        Args:
+            model_name: The card's title.
+            dataset_name: Hub id or path of the training data, where the run does not know it; the adapter's
+                `qlora_dpo.json` keeps it.
+            tags: More tags.
+            language: Of the data.
+            license: In place of the base's.
+            **others: What `Trainer` takes besides must be None.
+
         Raises:
             TypeError: For what `Trainer` lets one name and the run knows.
+            ValueError: For a name of training data that there is not.
         """
         if given := [name for name, value in others.items() if value is not None]:
             raise TypeError(f"`{given[0]}` must be left out: the card takes it from the run. Leave it out.")
+        self._name_data(dataset_name)
         if self.is_world_process_zero():
+            folder = self.args.output_dir
+            if dataset_name is not None:
+                record = read_record(folder)
+                named = record.datasets | {"train": self.prepared.origins["train"]}
+                write_record(folder, self.model, replace(record, datasets=named))
             asked: dict[str, Any] = {"language": language, "license": license, "tags": tags, "model_name": model_name}
             write_card(self.args.output_dir, self.hub_model_id, self.state.log_history, **asked)
+
+    def _name_data(self, dataset_name: str | None) -> None:
+        """Let records and cards from here on name the training data, if a name is given."""
+        if dataset_name is None:
+            return
+        if "train" not in self.prepared.origins:
+            raise ValueError(
+                f"`dataset_name` must be None for a trainer without training data, got {dataset_name}. Leave it out."
+            )
+        self.prepared.name("train", dataset_name)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository that `hub_model_id` names, or one named like `output_dir`."""
@@ -183,11 +216,12 @@ class SavingTrainer(StepTrainer):
             token: A token that may write; None for `hub_token`, HF_TOKEN or the login.
             revision: Branch to commit to; None for `hub_revision`.
             private: Whether a new repository is private; None for `hub_private_repo`.
-            **kwargs: For `create_model_card`.
+            **kwargs: For `create_model_card`: `model_name`, `dataset_name`, `tags`, `language`, `license`.
 
         Returns:
             The commit, or a future of it; None on processes that push nothing.
         """
+        self._name_data(kwargs.get("dataset_name"))
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         args = self.args
         if self.hub_model_id is None:

@@ -34,6 +34,7 @@ from qlora_dpo.arguments import (
     require_shardable,
     result_name,
     router_coefficient,
+    tell_what_metrics_get,
     tokenizer_from,
     use_liger,
 )
@@ -55,6 +56,7 @@ from qlora_dpo.lean import use_lean_layers
 from qlora_dpo.lora import keep_trained_biases, use_fast_lora
 from qlora_dpo.memory import weight_bytes
 from qlora_dpo.metrics import preference_metrics
+from qlora_dpo.migration import check_callbacks, check_overrides
 from qlora_dpo.model import keep_one_arithmetic
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
@@ -130,6 +132,8 @@ class QLoRADPOTrainer(SavingTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
+        check_overrides(type(self))
+        check_callbacks(callbacks)
         args = args or QLoRADPOConfig(output_dir="qlora-dpo-output")
         check_arguments(ref_model, args, data_collator, train_dataset, eval_dataset)
         check_best_metric(args, eval_dataset, compute_metrics is not None)
@@ -202,6 +206,11 @@ class QLoRADPOTrainer(SavingTrainer):
             self.sync = SyncReference(self.reference, args.ref_model_sync_steps)
             self.add_callback(self.sync)
 
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """As `Trainer.add_callback`, but for those of TRL that cannot work here."""
+        check_callbacks([callback])
+        super().add_callback(callback)
+
     # ---- data ----------------------------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -230,6 +239,8 @@ class QLoRADPOTrainer(SavingTrainer):
         """Check models and vocabulary, choose the layout, and open the cache of the reference, once."""
         if self._proven:
             return
+        if self.compute_metrics is not None:
+            tell_what_metrics_get(self.args)
         groups, asked = self._sample(), self.args.batch_layout
         limits = self.args.max_length, self.args.device, self.data_collator.max_tokens
         with self.accelerator.autocast(), memory_said(*_AT_THE_START):

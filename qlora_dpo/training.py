@@ -16,6 +16,7 @@ from qlora_dpo.budget import Rescue
 from qlora_dpo.callbacks import KeepLayers, SyncReference
 from qlora_dpo.memory import GIB, peak_memory
 from qlora_dpo.metrics import RunningSums, summarize
+from qlora_dpo.migration import TrlNames
 from qlora_dpo.offload import activations_moved
 from qlora_dpo.step import RandomState, Step
 
@@ -23,7 +24,7 @@ SUMS_NAME = "log_sums.json"
 """What a checkpoint keeps of the pairs that the log has not shown yet."""
 
 
-class StepTrainer(Trainer):
+class StepTrainer(TrlNames, Trainer):
     """A `Trainer` that minimises the mean of a step's losses over all pairs of the optimizer step.
 
     Args:

@@ -40,6 +40,7 @@ LAYERS = [
         "data",
         "sampling",
         "budget",
+        "migration",
         "remembered",
     },
     {"config"},
