@@ -60,6 +60,18 @@ def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset
         )
 
 
+def settle(args: QLoRADPOConfig) -> None:
+    """Set what PyTorch and accelerate would choose otherwise than training here needs it."""
+    if args.data_seed is None:
+        args.data_seed = args.seed  # or else what torch was last seeded with decides the order of the groups
+    if args.ddp_broadcast_buffers is None:
+        args.ddp_broadcast_buffers = False  # processes may make different numbers of forwards
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if reentrant and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # it would mark what the recomputed layers use twice
+    args.accelerator_config.dispatch_batches = False  # it would cut a stream's tensors by their first size
+
+
 def check_best_metric(args: QLoRADPOConfig, eval_dataset: Any, own_metrics: bool) -> None:
     """Refuse a `metric_for_best_model` that no evaluation will give, hours before it is looked for.
 

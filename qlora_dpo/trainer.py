@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, denumpify_detensorize
 
-from qlora_dpo.adapters import require_trainable, trained_adapters
+from qlora_dpo.adapters import require_trainable
 from qlora_dpo.arguments import (
     Preparation,
     announce,
@@ -34,6 +34,7 @@ from qlora_dpo.arguments import (
     require_shardable,
     result_name,
     router_coefficient,
+    settle,
     tell_what_metrics_get,
     tokenizer_from,
     use_liger,
@@ -74,7 +75,7 @@ from qlora_dpo.reference import (
 from qlora_dpo.remembered import Remembered
 from qlora_dpo.resuming import check_same_run, check_within_first_pass, run_facts
 from qlora_dpo.room import budget_for, kept_layers_for, spare_host_memory
-from qlora_dpo.sampling import filled, replaced
+from qlora_dpo.sampling import replaced
 from qlora_dpo.saving import SavingTrainer
 from qlora_dpo.step import Step
 from qlora_dpo.weights import require_saved_vocabulary
@@ -147,19 +148,11 @@ class QLoRADPOTrainer(SavingTrainer):
             use_liger(reference.model, args)
         if train_dataset is not None:
             require_trainable(policy)
-            for name in trained_adapters(policy):
-                require_saved_vocabulary(policy, name)
+            require_saved_vocabulary(policy)
             require_own_folder(args, policy, reference)
         step = Step(reference, objective, args.beta, args.logps_chunk_size, router_coefficient(policy, args))
         self.starts_at_reference = starts_at(reference, policy)
-        if args.data_seed is None:
-            args.data_seed = args.seed  # or else what torch was last seeded with decides the order of the groups
-        if args.ddp_broadcast_buffers is None:
-            args.ddp_broadcast_buffers = False  # processes may make different numbers of forwards
-        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        if reentrant and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # it would mark what the recomputed layers use twice
-        args.accelerator_config.dispatch_batches = False  # it would cut a stream's tensors by their first size
+        settle(args)
         self.prepared = Preparation(args, objective, tokenizer, reference)
         self.data_reports = self.prepared.reports
         super().__init__(
@@ -210,28 +203,6 @@ class QLoRADPOTrainer(SavingTrainer):
         """As `Trainer.add_callback`, but for those of TRL that cannot work here."""
         check_callbacks([callback])
         super().add_callback(callback)
-
-    # ---- data ----------------------------------------------------------------------------------------------------
-
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`'s, with fillers instead of repeated groups where several processes train."""
-        trains, drops = kwargs.get("is_training", False), self.args.dataloader_drop_last
-        if not trains:
-            with replaced(self.args, "dataloader_drop_last", False):  # every pair is evaluated
-                return super()._get_dataloader(dataset, *args, **kwargs)
-        if self.args.world_size == 1 or drops:
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        step = self._train_batch_size * self.args.world_size
-        dataset, sampler = filled(dataset, kwargs["sampler_fn"], step, self.args.data_seed)
-        loader = super()._get_dataloader(dataset, *args, **(kwargs | {"sampler_fn": lambda _: sampler}))
-        loader.batch_sampler.sampler = sampler  # where a resumed epoch is looked for
-        return loader
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As `Trainer`'s, whose lasting workers would serve one set's rows for another that is passed."""
-        own = eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset
-        with replaced(self.args, "dataloader_persistent_workers", own and self.args.dataloader_persistent_workers):
-            return super().get_eval_dataloader(eval_dataset)
 
     # ---- what is checked before the first number is used ---------------------------------------------------------
 

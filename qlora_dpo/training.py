@@ -18,6 +18,7 @@ from qlora_dpo.memory import GIB, peak_memory
 from qlora_dpo.metrics import RunningSums, summarize
 from qlora_dpo.migration import TrlNames
 from qlora_dpo.offload import activations_moved
+from qlora_dpo.sampling import filled, replaced
 from qlora_dpo.step import RandomState, Step
 
 SUMS_NAME = "log_sums.json"
@@ -66,6 +67,26 @@ class StepTrainer(TrlNames, Trainer):
         last_log, start = self._last_log, time.perf_counter()
         yield
         self._last_log = last_log + time.perf_counter() - start
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s, with fillers instead of repeated groups where several processes train."""
+        trains, drops = kwargs.get("is_training", False), self.args.dataloader_drop_last
+        if not trains:
+            with replaced(self.args, "dataloader_drop_last", False):  # every pair is evaluated
+                return super()._get_dataloader(dataset, *args, **kwargs)
+        if self.args.world_size == 1 or drops:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        step = self._train_batch_size * self.args.world_size
+        dataset, sampler = filled(dataset, kwargs["sampler_fn"], step, self.args.data_seed)
+        loader = super()._get_dataloader(dataset, *args, **(kwargs | {"sampler_fn": lambda _: sampler}))
+        loader.batch_sampler.sampler = sampler  # where a resumed epoch is looked for
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As `Trainer`'s, whose lasting workers would serve one set's rows for another that is passed."""
+        own = eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset
+        with replaced(self.args, "dataloader_persistent_workers", own and self.args.dataloader_persistent_workers):
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """The micro-batches of an optimizer step and its number of items.

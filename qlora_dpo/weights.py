@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_dpo.adapters import trained_adapters
 from qlora_dpo.paths import local_adapter
 
 _BASE_ROWS = ("original_module.weight", "base_layer.weight", "token_adapter.base_layer.weight", "weight")
@@ -92,7 +93,7 @@ def _resized(saved: Sequence[int], now: Sequence[int]) -> bool:
     return list(saved[1:]) == list(now[1:]) and saved[0] != now[0]
 
 
-def require_saved_vocabulary(policy: PeftModel, name: str) -> None:
+def require_saved_vocabulary(policy: PeftModel) -> None:
     """Refuse to train on a base with added tokens whose embeddings and head no saved adapter would hold.
 
     PEFT saves them unless an adapter changes one of the two, or the base's config cannot be looked up.
@@ -100,6 +101,11 @@ def require_saved_vocabulary(policy: PeftModel, name: str) -> None:
     Raises:
         ValueError: If the base in memory has another vocabulary than on disk, and one of the two would be lost.
     """
+    for name in trained_adapters(policy):
+        _require_saved_vocabulary(policy, name)
+
+
+def _require_saved_vocabulary(policy: PeftModel, name: str) -> None:
     adapter, base = policy.peft_config[name], policy.get_base_model()
     source = adapter.base_model_name_or_path
     if not source:

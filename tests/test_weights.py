@@ -154,19 +154,19 @@ def test_rows_that_no_file_holds_are_missed_before_training_and_when_loaded(targ
     with pytest.raises(
         ValueError, match=f"must be saved before it is trained on, got {TOKENS} tokens in memory and 29"
     ):
-        require_saved_vocabulary(policy, "default")
+        require_saved_vocabulary(policy)
     with pytest.raises(ValueError, match=f"must have {TOKENS} tokens, got 29, and the adapter holds only one"):
         load_policy(base_folder, adapter=adapter)
 
 
 @pytest.mark.parametrize("kind", HELD)
 def test_rows_that_the_file_will_hold_may_be_trained_on(kind, base_folder, tmp_path):
-    require_saved_vocabulary(resized(base_folder, HELD[kind], tmp_path / "adapter")[0], "default")
+    require_saved_vocabulary(resized(base_folder, HELD[kind], tmp_path / "adapter")[0])
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["lm_head", "embed_tokens"]], ids=str)
 def test_a_base_as_it_is_saved_may_be_trained_on(targets, base_folder):
-    require_saved_vocabulary(load_policy(base_folder, peft_config=lora(target_modules=targets)), "default")
+    require_saved_vocabulary(load_policy(base_folder, peft_config=lora(target_modules=targets)))
 
 
 def test_a_base_that_is_saved_as_it_was_resized_needs_nothing(base_folder, tmp_path):
@@ -177,6 +177,6 @@ def test_a_base_that_is_saved_as_it_was_resized_needs_nothing(base_folder, tmp_p
     shutil.copy(Path(base_folder, "tokenizer.json"), tmp_path / "base")
     shutil.copy(Path(base_folder, "tokenizer_config.json"), tmp_path / "base")
     policy, adapter = trained(str(tmp_path / "base"), tmp_path / "adapter", lora(target_modules=["q_proj", "lm_head"]))
-    require_saved_vocabulary(policy, "default")
+    require_saved_vocabulary(policy)
     _, model = merged(adapter, tmp_path / "merged")
     assert error(logits(model), logits(policy)) < 2e-5
