@@ -16,7 +16,6 @@ from qlora_dpo.blockwise import MOST_QUERIES, MOST_WEIGHTS
 from qlora_dpo.four_bit_head import tile_shape
 from qlora_dpo.lean import strip_rows
 from qlora_dpo.logits import chunk_length, strip_length
-from qlora_dpo.shapes import Shape
 
 FP32 = 4
 
@@ -42,6 +41,121 @@ OPTIMIZERS = {
     "paged_adamw_8bit": 8,
 }
 """Bits of each of Adam's two moments, by the names that `optim` has in transformers."""
+
+
+# ---- sizes of a model ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides how much a layer keeps.
+
+    Attributes:
+        width: Bytes of a number in the compute dtype.
+        blockwise: Whether attention is `blockwise`, which keeps keys and values as the model made them.
+        lean_mlp: Whether gated MLPs keep gate and up only.
+    """
+
+    width: int
+    blockwise: bool
+    lean_mlp: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a layer keeps for its backward pass, in bytes for each token.
+
+    Attributes:
+        size: All of it, but for the layer's input and the projections of adapters.
+        behind: What of it is gone when the backward pass comes to attention.
+        activation: What the backward pass of the MLP's activation takes on top: beside two gradients, steps of several.
+        input: Whether the layer's input is kept as it came.
+    """
+
+    size: int
+    behind: int
+    activation: int
+    input: bool
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Sizes of attention, in numbers for each token.
+
+    Attributes:
+        heads: Query heads.
+        query: All query heads together.
+        key_value: All key and value heads together.
+        output: What comes out of all heads.
+        plain: Whether values are of the size of keys, and scores neither soft-capped nor with sinks.
+    """
+
+    heads: int
+    query: int
+    key_value: int
+    output: int
+    plain: bool
+
+    @property
+    def head_dim(self) -> int:
+        """One query head."""
+        return self.query // self.heads
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a causal LM, in elements.
+
+    Attributes:
+        name: What the user called it.
+        hidden: Size of a hidden state.
+        layers: Decoder layers.
+        attention: Sizes of a layer's attention.
+        intermediate: Input of the MLP's last matrix.
+        expanded: Outputs of the MLP's other matrices together: twice `intermediate` where it is gated.
+        vocabulary: Rows of the LM head.
+        softcap: Whether the logits are soft-capped.
+        hidden_norms: Norms of a hidden state in a layer.
+        lean_norms: Whether the norms are such that `lean` has them keep their input as it comes.
+        lean_mlp: Whether the MLP is one that `lean` has keep gate and up only.
+        kept: What a layer keeps, case by case.
+        linears: `(inputs, outputs)` of each linear layer but the head.
+        layer_linears: The same of one decoder layer.
+        embeddings: Weights of the embeddings.
+        head: Weights of the LM head that are not the embeddings: 0 if it is tied to them.
+        other: All other weights: norms, biases.
+    """
+
+    name: str
+    hidden: int
+    layers: int
+    attention: Attention
+    intermediate: int
+    expanded: int
+    vocabulary: int
+    softcap: bool
+    hidden_norms: int
+    lean_norms: bool
+    lean_mlp: bool
+    kept: dict[Case, Kept]
+    linears: tuple[tuple[int, int], ...]
+    layer_linears: tuple[tuple[int, int], ...]
+    embeddings: int
+    head: int
+    other: int
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model."""
+        return sum(i * o for i, o in self.linears) + self.embeddings + self.head + self.other
+
+    @property
+    def largest_linear(self) -> int:
+        """Weights of the largest linear layer but the head."""
+        return max(i * o for i, o in self.linears)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def _help(text: str) -> dict[str, str]:
@@ -184,30 +298,18 @@ def _optimizer_state(shape: Shape, options: MemoryOptions) -> int:
 def _layer_saved(shape: Shape, options: MemoryOptions) -> int:
     """Bytes that one layer keeps for its backward pass, beside its input: the working set of a recomputed layer.
 
-    For each token: the outputs of the norms that feed linear layers (2 h); rotated queries, keys and values repeated to
-    the query heads and gathered by segment, the output before and after it is made contiguous (q each; on a CPU keys
-    and values as they are, and one output); the MLP, gate and up (`expanded`) where it is `lean`'s, else the product
-    too (I), and the activation of a gate (I); the projections of rank r. A norm keeps its input, the first one's being
-    the layer's own; a norm that is not `lean`'s keeps an fp32 copy of it in 16 bit too.
+    What a run of the layer without data kept for each token, and the projections of rank r.
     """
     c = options.width
-    blockwise = _attends_blockwise(options)
-    attention = 2 * shape.query + 2 * shape.key_value if blockwise else (1 + 2 * GATHERED + 2) * shape.query
-    numbers = 2 * shape.hidden + attention + _mlp_saved(shape, options)
-    numbers += options.lora_r * len(shape.layer_linears)
-    copied = c < FP32 and not shape.lean_norms
-    own_inputs = shape.hidden_norms - (not copied)
-    norms = own_inputs * shape.hidden + shape.head_norms * (shape.query + shape.key_value)
+    numbers = options.lora_r * len(shape.layer_linears)
     factors = sum(options.lora_r * (i + o) for i, o in shape.layer_linears) if c < FP32 else 0  # autocast's copies
     if not options.quantize and c < FP32:  # PEFT's own layer: autocast narrows the input of each adapter anew
         numbers += sum(i for i, _ in shape.layer_linears)
-    return options.tokens * (numbers * c + norms * _norm_width(shape, options)) + factors * c
+    return options.tokens * (numbers * c + _layer_kept(shape, options).size) + factors * c
 
 
-def _mlp_saved(shape: Shape, options: MemoryOptions) -> int:
-    """Numbers a token that an MLP keeps beside its input."""
-    gated = shape.expanded > shape.intermediate
-    return shape.expanded + (0 if _lean_mlp(shape, options) else shape.intermediate * (1 + gated))
+def _layer_kept(shape: Shape, options: MemoryOptions) -> Kept:
+    return shape.kept[Case(options.width, _attends_blockwise(options), _lean_mlp(shape, options))]
 
 
 def _attends_blockwise(options: MemoryOptions) -> bool:
@@ -221,17 +323,17 @@ def _attention_work(shape: Shape, options: MemoryOptions) -> int:
     `blockwise` has queries and the output's gradient once more, keys and values three times in all, their gradients
     twice, in fp32 the second time, and a block's weights and their gradients.
     """
+    size = shape.attention
     if not _attends_blockwise(options):
-        return options.tokens * (2 + 2 * GATHERED) * shape.query * options.width
-    numbers = options.tokens * (4 * shape.query + 6 * shape.key_value)
-    sums = options.tokens * 2 * shape.key_value * FP32
+        return options.tokens * (1 + GATHERED) * (size.query + size.output) * options.width
+    numbers = options.tokens * (2 * size.query + 2 * size.output + 3 * size.key_value)
+    sums = options.tokens * size.key_value * FP32
     return (numbers + 2 * _block_weights(shape, options)) * options.width + sums
 
 
 def _block_weights(shape: Shape, options: MemoryOptions) -> int:
     """Weights of the largest block of `blockwise`, of all heads."""
-    heads = shape.query // shape.head_dim
-    return min(MOST_WEIGHTS, heads * min(MOST_QUERIES, options.tokens) * options.tokens)
+    return min(MOST_WEIGHTS, shape.attention.heads * min(MOST_QUERIES, options.tokens) * options.tokens)
 
 
 def _lean_mlp(shape: Shape, options: MemoryOptions) -> bool:
@@ -247,13 +349,12 @@ def _norm_width(shape: Shape, options: MemoryOptions) -> int:
 def _kept(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     """Activations that a forward leaves for its backward pass."""
     state = options.tokens * shape.hidden * options.width
-    positions = 2 * options.tokens * shape.head_dim * options.width  # cosines and sines, shared by all layers
+    positions = 2 * options.tokens * shape.attention.head_dim * options.width  # cosines and sines, shared by all layers
     if options.activation_offloading:  # one input that was brought back or is on its way out, and what is too small
         small = 0 if options.gradient_checkpointing else shape.layers * options.lora_r * len(shape.layer_linears)
         return {"layer inputs": state + positions, "projections": options.tokens * small * options.width}
     layers = min(options.keep_layers, shape.layers) if options.gradient_checkpointing else shape.layers
-    copied = _norm_width(shape, options) > options.width  # norms of kept layers hold fp32 copies instead
-    states = shape.layers - layers * copied
+    states = shape.layers - layers * (not _layer_kept(shape, options).input)  # else norms hold fp32 copies instead
     return {"layer inputs": states * state + positions, "kept layers": layers * _layer_saved(shape, options)}
 
 
@@ -276,10 +377,11 @@ def _reference_layer(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     weight = _largest_weight(shape, options)
     moments = [{"MLP": max((2 + gated) * inner, (1 + gated) * inner + weight)}]
     if _attends_blockwise(options):
-        rows = t * (2 * shape.query * c + shape.key_value * (3 * c + FP32))
+        size = shape.attention
+        rows = t * ((size.query + size.output) * c + size.key_value * (3 * c + FP32) // 2)
         moments.append({"attention": rows + _block_weights(shape, options) * (FP32 + c * (c < FP32))})
     fullest = max(moments, key=_total)
-    return {"hidden states": t * (4 * shape.hidden + 2 * shape.head_dim) * c} | fullest
+    return {"hidden states": t * (4 * shape.hidden + 2 * shape.attention.head_dim) * c} | fullest
 
 
 def _head(shape: Shape, options: MemoryOptions, trained: bool) -> dict[str, int]:
@@ -315,7 +417,8 @@ def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     is the gradient of its output, and at the fullest of these moments:
 
     - in the MLP, the gradients of the product (which is gone), of activation and of up; without a gate, of one less;
-      a `lean` one has those of gate and up, and of a strip the activation and two gradients;
+      more within an activation of several operations; a `lean` one has those of gate and up, and of a strip the
+      activation and two gradients;
     - in the MLP's last matrix, the gradient of the product and the dequantised weight;
     - where a norm that is not `lean`'s follows the MLP (as in Gemma), its four gradients in fp32;
     - in attention, when what the MLP and the norm before it kept is gone.
@@ -331,13 +434,12 @@ def _backward(shape: Shape, options: MemoryOptions) -> dict[str, int]:
         work = 0  # the last layer is among those kept
     row = shape.intermediate * options.width
     strips = 3 * row * min(strip_rows(row, options.device), t) * _lean_mlp(shape, options)
-    before = 2 * shape.hidden if shape.hidden_norms > 1 else -shape.hidden  # beside attention, the MLP's gradient waits
-    gone = t * (_mlp_saved(shape, options) + before) * options.width
+    steps = t * _layer_kept(shape, options).activation
     moments = [
-        {"gradients of activations": inner * (1 + gated) + strips},
+        {"gradients of activations": inner * (1 + gated) + (strips or steps)},
         {"gradients of activations": inner, "dequantised weight": _largest_weight(shape, options)},
         {"gradients of activations": 4 * FP32 * t * shape.hidden * (shape.hidden_norms > 2 and not shape.lean_norms)},
-        {"gradients of activations": _attention_work(shape, options) - gone},
+        {"gradients of activations": _attention_work(shape, options) - t * _layer_kept(shape, options).behind},
     ]
     return {
         **_kept(shape, options),

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qlora_dpo.footprint import OPTIMIZERS, MemoryOptions, held, phases
-from qlora_dpo.shapes import Shape, shape_of
+from qlora_dpo.footprint import OPTIMIZERS, MemoryOptions, Shape, held, phases
+from qlora_dpo.shapes import shape_of
 
 GIB = 2**30
 
@@ -231,8 +231,8 @@ def plan_memory(
     """What a training will need, in bytes by part, and what fits on a card; from the model's config alone.
 
     Args:
-        config_or_name: A config of transformers, a built-in name (`qlora-dpo plan --list`), a folder or a Hub id, of
-            which only config.json is read.
+        config_or_name: A config of transformers, a built-in name (`qlora-dpo plan --list`), a folder or a Hub id,
+            perhaps as `id@revision`, of which only config.json is read.
         gpu_bytes: Memory of the card.
         **options: Fields of `MemoryOptions`, whose help says what each is: `tokens`, `scored_tokens`, `lora_r`,
             `gradient_checkpointing`, `keep_layers`, `quantize`, `double_quant`, `compute_dtype`, `optim`,
@@ -243,10 +243,10 @@ def plan_memory(
         The plan; printed, a table in GiB.
 
     Raises:
-        ValueError: For a value out of range, or an option that the model rules out.
+        ValueError: For a value out of range, an option that the model rules out, or what is no causal LM.
         TypeError: For an option that there is not.
         OSError: If the config cannot be had.
-        NotImplementedError: For a mixture of experts.
+        NotImplementedError: For a model whose layers cannot be planned, or not on a CPU; the message says why.
     """
     if gpu_bytes is not None and gpu_bytes < 1:
         raise ValueError(f"`gpu_bytes` must be 1 or more, got {gpu_bytes}. Leave it out for a plan without a card.")
@@ -263,6 +263,11 @@ def _plan(shape: Shape, options: MemoryOptions, gpu_bytes: int | None) -> Memory
             raise ValueError(
                 f"`{name}` must be False for {shape.name}, whose head is its embeddings, got True. Leave it out."
             )
+    if options.device == "cpu" and not shape.attention.plain:
+        raise NotImplementedError(
+            f"`device` must be cuda to plan {shape.name}, whose attention (soft-capped scores, sinks, or values of "
+            "another size than keys) keeps a score of each pair of tokens on a CPU, got cpu. Try a short run there."
+        )
     return MemoryPlan(shape, options, gpu_bytes, held(shape, options), phases(shape, options))
 
 

@@ -1,6 +1,7 @@
 """What `auto` means on the machine at hand: how many tokens fit in a forward, how many layers can be kept."""
 
 import contextlib
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -95,11 +96,18 @@ def plan_for(policy: PeftModel, args: Any, card: int, tokens: int, device: torch
 
 
 def _planned(policy: PeftModel, args: Any, card: int, tokens: int, device: torch.device) -> MemoryPlan | None:
-    """The plan; None for a model that cannot be planned: a mixture of experts, layers without attention, own code."""
+    """The plan; None for a model that cannot be planned, which is said once: it trains all the same."""
     try:
         return plan_for(policy, args, card, tokens, device)
-    except Exception:  # an option's default must not keep a model of any kind from training
+    except (NotImplementedError, ValueError) as error:
+        _say_unplanned(str(error))
         return None
+
+
+@functools.cache
+def _say_unplanned(reason: str) -> None:
+    """Warn of it, once in a process for each reason."""
+    warnings.warn(f"`auto` sets no token budget and keeps no layers here, as there is no plan: {reason}", stacklevel=4)
 
 
 def budget_for(policy: PeftModel, args: Any, device: torch.device, others: int = 0) -> int | None:

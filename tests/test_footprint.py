@@ -58,7 +58,28 @@ FAMILIES = {
     "gemma3": transformers.Gemma3TextConfig(**_SMALL, head_dim=64),
     "phi3": transformers.Phi3Config(**_SMALL),
     "cohere": transformers.CohereConfig(**_SMALL),
+    "gpt2": transformers.GPT2Config(**_SMALL, n_inner=1024),
+    "starcoder2": transformers.Starcoder2Config(**_SMALL),
+    "apertus": transformers.ApertusConfig(**_SMALL),
+    "gpt_neox": transformers.GPTNeoXConfig(**_SMALL),
+    "phi": transformers.PhiConfig(**_SMALL),
+    "bitnet": transformers.BitNetConfig(**_SMALL),
+    "granite": transformers.GraniteConfig(**_SMALL),
+    "bert": transformers.BertConfig(**_SMALL, is_decoder=True),
 }
+SLOW = "qwen3", "gemma2", "gemma3", "phi", "bitnet", "granite", "bert"
+COMPRESSED = {
+    name: getattr(transformers, f"{name}Config")(
+        **_SMALL | {"num_key_value_heads": 6},
+        q_lora_rank=128,
+        kv_lora_rank=64,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+    )
+    for name in ("MiniCPM3", "Youtu")
+}
+"""Keys and values from a smaller state, keys larger than values."""
 
 
 def random_model(config, folder):
@@ -126,7 +147,7 @@ def step_peak(trainer, tokens, checkpointing, chunk):
     elif checkpointing is not None:  # else as it is
         trainer.model.get_base_model().gradient_checkpointing_disable()
     trainer.step.chunk_size = trainer.reference.chunk_size = chunk
-    batch = batch_of(tokens, trainer.model.config.vocab_size)
+    batch = batch_of(tokens, trainer.model.config.get_text_config().vocab_size)
     inputs = {"pieces": [batch], "groups": [], "max_tokens": None}
     return peak_of(lambda: trainer.training_step(trainer.model_wrapped, inputs, 1)).bytes
 
@@ -213,10 +234,11 @@ def test_the_reference_pass_alone_is_foretold(trainers, chunk):
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=[pytest.mark.slow] if f in ("qwen3", "gemma2", "gemma3") else []) for f in FAMILIES],
+    [pytest.param(f, marks=[pytest.mark.slow] if f in SLOW else []) for f in FAMILIES],
 )
 def test_other_families_and_bf16_are_foretold(family, tmp_path):
-    """Norms of heads, norms behind the MLP, fused matrices, soft-capped logits, attention beside the MLP; in bf16."""
+    """Norms of heads, norms behind the MLP or within, fused matrices, soft-capped logits, attention beside the MLP,
+    MLPs without a gate, activations of several operations, norms of PyTorch's own; in bf16."""
     trainer = trainer_of(FAMILIES[family], tmp_path, torch.bfloat16)
     for checkpointing, chunk in itertools.product((True, False), (None, 16)):
         plan = foretold(FAMILIES[family], 512, gradient_checkpointing=checkpointing, logps_chunk_size=chunk)
@@ -224,6 +246,46 @@ def test_other_families_and_bf16_are_foretold(family, tmp_path):
         step = step_peak(trainer, 512, checkpointing, chunk)
         assert above == pytest.approx(step, rel=0.1)
     assert sum(plan.held.values()) == pytest.approx(held_by(trainer), rel=5e-3)
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_keys_and_values_are_foretold(name, tmp_path, gathered, monkeypatch):
+    """Values filled up to the size of keys stand for a GPU's kernel, which keeps no score of each pair of tokens."""
+
+    def filled(query, key, value, plan, recipe):
+        missing = query.shape[-1] - value.shape[-1]
+        wide = torch.nn.functional.pad(value, (0, missing))
+        return kernels.by_segment(query, key, wide, plan, recipe)[..., : value.shape[-1]]
+
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, kernels.SEGMENTS, filled)
+    trainer = trainer_of(COMPRESSED[name], tmp_path, torch.bfloat16)
+    for checkpointing in (True, False):
+        options = {"gradient_checkpointing": checkpointing, "logps_chunk_size": 16}
+        plan = foretold(COMPRESSED[name], 512, device="cuda", **options)
+        step = step_peak(trainer, 512, checkpointing, 16)
+        assert plan.peak_bytes - sum(plan.held.values()) == pytest.approx(step, rel=0.1)
+    assert sum(plan.held.values()) == pytest.approx(held_by(trainer), rel=5e-3)
+
+
+def test_a_model_with_a_vision_tower_is_counted_whole(tmp_path):
+    """The default LoRA adapts the tower's matrices too."""
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        text_config=FAMILIES["gemma3"].to_dict(),
+        vision_config=tower | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        **{f"{name}_token_index": 5 for name in ("image", "boi", "eoi")},
+    )
+    trainer = trainer_of(config, tmp_path, torch.bfloat16)
+    plan, text = foretold(config, 512), foretold(FAMILIES["gemma3"], 512)
+    assert plan.shape.layer_linears == text.shape.layer_linears
+    assert plan.shape.parameters == AutoModelForCausalLM.from_config(config).num_parameters() > text.shape.parameters
+    assert plan.held["adapters"] == 4 * sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert sum(plan.held.values()) == pytest.approx(held_by(trainer), rel=5e-3)
+    for checkpointing in (True, False):
+        plan = foretold(config, 512, gradient_checkpointing=checkpointing)
+        step = step_peak(trainer, 512, checkpointing, None)
+        assert plan.peak_bytes - sum(plan.held.values()) == pytest.approx(step, rel=0.1)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
@@ -238,7 +300,9 @@ def test_tiles_of_logits_are_counted(softcap, dtype, scored):
     rule = LogitRule(softcap=softcap)
     measured = peak_of(lambda: frozen_head_token_scores(rows, head, targets, rule, 256, names)).bytes
     config = transformers.Gemma2Config(
-        **(_SMALL | {"hidden_size": hidden, "num_attention_heads": 4}), final_logit_softcapping=softcap or None
+        **(_SMALL | {"hidden_size": hidden, "num_attention_heads": 4}),
+        final_logit_softcapping=softcap or None,
+        attn_logit_softcapping=None,
     )
     width = str(dtype).removeprefix("torch.")
     options = {"scored_tokens": scored, "logps_chunk_size": 256, "compute_dtype": width, "device": "cpu"}

@@ -80,7 +80,7 @@ def test_parts_of_a_known_model_by_hand():
     assert plan.phases["backward"]["layer inputs"] == 2 * 2048 * (32 * 4096 + 2 * 128)
 
 
-@pytest.mark.parametrize("family", ["GPTNeoX", "Bloom", "Falcon", "GPT2", "OPT"])
+@pytest.mark.parametrize("family", ["GPTNeoX", "Starcoder2", "GPT2", "OPT"])
 def test_attention_is_no_part_of_the_mlp_whatever_a_family_calls_it(family):
     """An MLP without a gate has as many outputs as its last matrix has inputs."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "ffn_dim": 2048, "vocab_size": 1000, "num_hidden_layers": 2}
@@ -203,6 +203,102 @@ def test_a_tied_head_rules_out_what_needs_its_own(option):
 def test_a_mixture_of_experts_is_refused():
     with pytest.raises(NotImplementedError, match="must be without experts"):
         plan_memory(transformers.MixtralConfig(num_hidden_layers=1))
+
+
+_TINY = {
+    "vocab_size": 29,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+_KINDS = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+_PER_LAYER = {"vocab_size_per_layer_input": 29, "hidden_size_per_layer_input": 16}
+UNPLANNED = {
+    "gemma4": (
+        transformers.Gemma4TextConfig(**_TINY, **_KINDS, **_PER_LAYER, global_head_dim=32),
+        "must have layers that are all alike to be planned, got gemma4_text with layers of several kinds",
+    ),
+    "gemma3n": (
+        transformers.Gemma3nTextConfig(
+            **_TINY | {"intermediate_size": [128, 128]},
+            **_KINDS,
+            **_PER_LAYER,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.0, 0.0],
+        ),
+        "must have layers that run without data, on one state a token, to be planned, got gemma3n_text",
+    ),
+    "mamba": (
+        transformers.MambaConfig(vocab_size=29, hidden_size=64, num_hidden_layers=2, state_size=4, pad_token_id=0),
+        "must have layers of attention and an MLP alone to be planned, got mamba with a convolution in mixer.conv1d",
+    ),
+    "nemotron_h": (
+        transformers.NemotronHConfig(layers_block_type=["mamba", "attention", "mlp", "mamba"]),
+        "must have layers of attention and an MLP alone",
+    ),
+    "zamba": (
+        transformers.ZambaConfig(),
+        "must have layers of attention and an MLP alone",
+    ),
+    "qwen3.5": (
+        transformers.Qwen3_5TextConfig(**_TINY, head_dim=16),
+        "must have layers of attention and an MLP alone to be planned, got qwen3_5_text with a convolution",
+    ),
+    "doge": (
+        transformers.DogeConfig(**_TINY, is_moe=False),
+        "must attend once in a layer, by transformers' interface, to be planned, got doge with 0 times",
+    ),
+    "bloom": (
+        transformers.BloomConfig(vocab_size=29, hidden_size=64, n_layer=2, n_head=4),
+        "must attend once in a layer, by transformers' interface, to be planned, got bloom with 0 times",
+    ),
+    "doge with experts": (transformers.DogeConfig(**_TINY, is_moe=True), "must be without experts, got doge"),
+    "bart": (
+        transformers.BartConfig(vocab_size=29, d_model=64, decoder_layers=2, encoder_layers=1),
+        "must have a list of decoder layers to be planned, got bart",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNPLANNED)
+def test_a_model_that_cannot_be_planned_is_refused_by_name_in_one_line(name, tmp_path, capsys):
+    config, message = UNPLANNED[name]
+    with pytest.raises(NotImplementedError) as error:
+        plan_memory(config)
+    assert message in str(error.value)
+    config.save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_is_no_causal_language_model_is_refused():
+    with pytest.raises(ValueError, match=r"`model` must be a causal LM of transformers, got t5 .*T5Config"):
+        plan_memory(transformers.T5Config())
+
+
+def test_scores_that_a_cpu_keeps_are_refused_there():
+    """Soft-capped scores and values of another size than keys are linear in memory on a GPU only."""
+    compressed = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+    config = transformers.MiniCPM3Config(**_TINY | {"num_key_value_heads": 4}, **compressed, v_head_dim=16)
+    for model in ("gemma-2-2b", config):
+        assert plan_memory(model).peak_bytes > 0
+        with pytest.raises(NotImplementedError, match=r"`device` must be cuda to plan .*soft-capped.*, got cpu"):
+            plan_memory(model, device="cpu")
+
+
+def test_the_config_is_that_of_the_revision(tmp_path, monkeypatch, capsys):
+    repo = tmp_path / "models--org--tiny"
+    for name, commit, layers in (("main", "a" * 40, 2), ("v2", "b" * 40, 3)):
+        transformers.LlamaConfig(**_TINY | {"num_hidden_layers": layers}).save_pretrained(repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert [plan_memory(name).shape.layers for name in ("org/tiny", "org/tiny@v2", "org/tiny@main")] == [2, 3, 2]
+    assert main(["plan", "--model", "org/tiny@v2"]) == 0
+    assert capsys.readouterr().out.startswith("org/tiny@v2: ")
 
 
 @pytest.mark.parametrize(

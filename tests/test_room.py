@@ -1,6 +1,7 @@
 """What `auto` means: the plan's own numbers, on a card and in CPU memory."""
 
 import types
+import warnings
 
 import psutil
 import pytest
@@ -83,12 +84,27 @@ def test_nothing_is_kept_where_nothing_is_asked_or_recomputed(tokenizer, make_ar
     assert kept_layers_for(policy_of(tokenizer), args, CPU, 100) == 0
 
 
-def test_a_mixture_of_experts_has_no_plan_and_trains(tokenizer, make_args, card):
+def test_a_model_without_a_plan_trains_and_the_reason_is_said_once(tokenizer, make_args, card):
     card(GIB)
+    room._say_unplanned.cache_clear()
     policy = add_lora(build("mixtral"))
     args = make_args(max_tokens_per_forward="auto", keep_layers="auto")
-    assert budget_for(policy, args, CUDA) is None
-    assert kept_layers_for(policy, args, CUDA, 100) == 0
+    with pytest.warns(UserWarning, match=r"`auto` sets no token budget and keeps no layers.*must be without experts"):
+        assert budget_for(policy, args, CUDA) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert budget_for(policy, args, CUDA) is None
+        assert kept_layers_for(policy, args, CUDA, 100) == 0
+
+
+def test_an_error_that_no_plan_expects_is_not_swallowed(tokenizer, make_args, card, monkeypatch):
+    def broken(*args, **options):
+        raise KeyError("a bug")
+
+    card(GIB)
+    monkeypatch.setattr(room, "plan_memory", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        budget_for(policy_of(tokenizer), make_args(max_tokens_per_forward="auto"), CUDA)
 
 
 def test_numbers_are_taken_as_they_are(tokenizer, make_args, card):
