@@ -16,6 +16,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_bloc
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from qlora_dpo.bare import is_bare
 from qlora_dpo.logits import TILE_POSITIONS, LogitRule, chunk_length, strip_length, top_token, widen
 
 PIECE_ELEMENTS, STATE_ELEMENTS = 2**24, 2**22
@@ -96,9 +97,7 @@ def called_by_pieces(head: nn.Module | None) -> Iterator[None]:
 
 def has_plain_rows(head: nn.Module) -> bool:
     """Whether a head is a frozen 4-bit layer whose rows can be dequantised apart, with nothing acting on its calls."""
-    if type(head) is not Linear4bit or "forward" in vars(head):
-        return False
-    if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+    if type(head) is not Linear4bit or not is_bare(head):
         return False
     state = getattr(head.weight, "quant_state", None)
     return (

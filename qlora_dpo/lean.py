@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_dpo.lora import FastLinear4bit, Source, is_bare
+from qlora_dpo.bare import is_bare
+from qlora_dpo.lora import FastLinear4bit, Source
 
 STRIP_BYTES = {"cpu": 2**19, "cuda": 2**23}
 """Of a tensor, worked on at a time: what a core's own cache holds with all that is made of it, or what a GPU is busy

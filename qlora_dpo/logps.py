@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from qlora_dpo.bare import is_bare
 from qlora_dpo.four_bit_head import by_pieces, four_bit_head_scores, has_plain_rows
 from qlora_dpo.logits import LogitRule, chunk_length, strip_length, top_token, widen
 
@@ -223,12 +224,8 @@ def any_head_token_scores(
 
 
 def _is_plain(head: nn.Linear) -> bool:
-    """Whether a head is frozen, not packed, and there: a hook of accelerate brings weights when the layer is called."""
-    return (
-        type(head) is nn.Linear
-        and not hasattr(head, "_hf_hook")
-        and not any(p.requires_grad for p in head.parameters())
-    )
+    """Whether a head is frozen, not packed, and there, and nothing acts on its calls."""
+    return type(head) is nn.Linear and is_bare(head) and not any(p.requires_grad for p in head.parameters())
 
 
 def token_scores(

@@ -15,7 +15,8 @@ from bitsandbytes.nn import Linear4bit as BaseLinear4bit
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
+
+from qlora_dpo.bare import is_bare
 
 
 class Source:
@@ -139,12 +140,6 @@ class FastLinear4bit(Linear4bit):
         quiet = isinstance(dropout, nn.Identity) or not dropout.training or getattr(dropout, "p", 1.0) == 0.0
         plain = type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None
         return quiet and plain and name not in self.lora_variant and is_bare(a) and is_bare(b) and a.weight.dim() == 2
-
-
-def is_bare(module: nn.Module) -> bool:
-    """Whether nothing acts on a call of the module: no hook, no other forward, no weights that are brought for it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__ and not _has_any_global_hook()
 
 
 class TrainedBiasLinear4bit(BaseLinear4bit):

@@ -122,8 +122,11 @@ def load_base(
         The model, `use_cache` off.
 
     Raises:
-        ValueError: For a 4-bit head, or embeddings in CPU memory, where the head is the embeddings.
+        ValueError: For a quantisation beside `quantize=False`; for a 4-bit head, or embeddings in CPU memory, where the
+            head is the embeddings.
     """
+    if not quantize and quantization_config is not None:
+        raise ValueError("`quantize` must be True with a `quantization_config`, got False and one. Drop one of them.")
     if quantize and quantization_config is None and "quantization_config" not in kwargs:
         quantization_config = default_quantization()
     if quantize_head:

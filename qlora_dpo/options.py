@@ -1,5 +1,6 @@
 """The options of `qlora-dpo train` for data and model, and the policy made from them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -76,8 +77,20 @@ class ModelArguments:
     )
 
 
+def _require_unchanged(model: ModelArguments, names: Sequence[str]) -> None:
+    """Refuse options of a quantisation that there is not.
+
+    Raises:
+        ValueError: If one is changed.
+    """
+    for name in names:
+        value, default = getattr(model, name), ModelArguments.__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(f"`{name}` must be {default} without `load_in_4bit`, got {value}. Leave it out.")
+
+
 def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
-    """The policy that options ask for.
+    """The policy that options ask for; `args.model_init_kwargs` are used up.
 
     Raises:
         ValueError: For options that cannot go together, or are none of what there is.
@@ -108,6 +121,8 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
                 f"{getattr(model, changed[0])}. Add --new_adapter true to train a new one on top of it."
             )
         lora = None
+    if not model.load_in_4bit:
+        _require_unchanged(model, ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"))
     quantization = default_quantization()
     quantization.bnb_4bit_quant_type = model.bnb_4bit_quant_type
     quantization.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
@@ -130,6 +145,11 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
             raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {model.dtype}.")
         options["dtype"] = quantization.bnb_4bit_compute_dtype = getattr(torch, model.dtype)
     options |= args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    if "quantization_config" in options:
+        raise ValueError(
+            "`model_init_kwargs` must be without `quantization_config` at the command line, got one. Use --load_in_4bit "
+            "and --bnb_4bit_quant_type."
+        )
     args.model_init_kwargs = None  # they are used here
     return load_policy(
         model.model_name_or_path,

@@ -13,7 +13,7 @@ import qlora_dpo
 PACKAGE = Path(qlora_dpo.__file__).parent
 
 LAYERS = [
-    {"errors", "logits", "offload", "recompute", "terminal", "typed"},
+    {"bare", "errors", "logits", "offload", "recompute", "terminal", "typed"},
     {"four_bit_head"},
     {
         "preferences",

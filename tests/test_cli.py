@@ -10,16 +10,20 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 import qlora_dpo
-from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, cli
+from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, cli, evaluate_preferences, load_policy
 from qlora_dpo.__main__ import COMMANDS, main
 from qlora_dpo.cli import RUNS, DataArguments, ModelArguments, parse
 from qlora_dpo.config import EVALUATION_FIELDS
+from qlora_dpo.model import load_base
 
-from tiny_chat import CHAT_ROWS, ranked_row
+from tiny_chat import CHAT_ROWS, build_chat_tokenizer, build_tiny_llama, ranked_row
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true"]
 QUICK = [*QUIET, "--save_strategy", "no", "--max_steps", "2"]
@@ -78,6 +82,152 @@ def test_every_data_set_and_split_has_a_folder_of_its_own(base_folder, rows_file
     reports = {path.parent.name: json.loads(path.read_text()) for path in (run / "evaluations").glob("*/report.json")}
     found = {name: report["pairs"] for name, report in reports.items()}
     assert found == {"test": 8, "test-2": 4, "test-train-_50": 4, "test-train-_50-2": 8}
+
+
+@pytest.fixture
+def hub_base(tmp_path, tokenizer, monkeypatch):
+    """`org/tiny` in the cache: `main` and `v2`, of other weights, and `v2` with another template."""
+    repo = tmp_path / "hub" / "models--org--tiny"
+    (repo / "refs").mkdir(parents=True)
+    for name, commit, seed in (("main", "a" * 40, 0), ("v2", "b" * 40, 7)):
+        (repo / "refs" / name).write_text(commit)
+        build_tiny_llama(tokenizer, seed=seed).save_pretrained(repo / "snapshots" / commit)
+        own = build_chat_tokenizer()
+        own.chat_template = ("" if name == "main" else "V2 ") + own.chat_template
+        own.save_pretrained(repo / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "org/tiny"
+
+
+def test_a_revision_among_the_options_of_the_model_is_the_tokenizers_too(hub_base, rows_file, tmp_path):
+    words = train_words(hub_base, rows_file, tmp_path / "run")
+    assert main([*words, "--model_init_kwargs", '{"revision": "v2"}']) == 0
+    record = json.loads((tmp_path / "run" / "qlora_dpo.json").read_text())
+    assert (record["base_revision"], record["base_commit"]) == ("v2", "b" * 40)
+    assert (tmp_path / "run" / "chat_template.jinja").read_text().startswith("V2 ")
+
+
+def trained_in_memory(folder, base, tokenizer):
+    """The folder of an adapter trained on a model that was loaded elsewhere."""
+    options = {"max_steps": 2, "learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    args, rows = QLoRADPOConfig(output_dir=str(folder), **options), Dataset.from_list(CHAT_ROWS)
+    trainer = QLoRADPOTrainer(base, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    trainer.train()
+    trainer.save_model()
+    return str(folder)
+
+
+def test_the_commit_of_a_base_that_was_loaded_elsewhere_is_not_guessed(hub_base, rows_file, tokenizer, tmp_path):
+    """It was that of the main branch; and that other weights are judged now was not said."""
+    base = AutoModelForCausalLM.from_pretrained(hub_base, revision="v2", dtype=torch.bfloat16)
+    run = trained_in_memory(tmp_path / "run", base, tokenizer)
+    assert json.loads(Path(run, "qlora_dpo.json").read_text())["base_commit"] is None
+    with pytest.warns(UserWarning, match="The weights of org/tiny are not those that the adapter was trained on"):
+        assert main(["evaluate", "--adapter", run, "--dataset_name", rows_file, *QUIET]) == 0
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_base_that_was_changed_in_memory_is_said(base_folder, rows_file, tokenizer, tmp_path, recwarn, changed):
+    base = load_base(base_folder)
+    if changed:
+        base.model.norm.weight.data.mul_(1.5)
+    run = trained_in_memory(tmp_path / "run", base, tokenizer)
+    assert main(["evaluate", "--adapter", run, "--dataset_name", rows_file, *QUIET]) == 0
+    assert main(["score", "--adapter", run, "--source", rows_file, "--target", str(tmp_path / "scored")]) == 0
+    evaluate_preferences(load_policy(run), Dataset.from_list(CHAT_ROWS), tokenizer)
+    said = [warning for warning in recwarn if "not those that the adapter was trained on" in str(warning.message)]
+    assert len(said) == 3 * changed
+
+
+def test_json_on_stdout_is_nothing_else(base_folder, rows_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(train_words(base_folder, rows_file, run)) == 0
+    capsys.readouterr()
+    words = [
+        "evaluate",
+        "--adapter",
+        str(run),
+        "--dataset_name",
+        rows_file,
+        "--json",
+        "--sample_generations",
+        "2",
+        *QUIET,
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["pairs"] == 12
+    assert "policy, greedy" in said.err or "policy" in said.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--lora_target_modules", "all-linear", "lm_head"], "`lora_target_modules` must be all-linear alone or names"),
+        (
+            ["--load_in_4bit", "false", "--bnb_4bit_quant_type", "fp4"],
+            "`bnb_4bit_quant_type` must be nf4 without `load_",
+        ),
+        (["--bnb_4bit_quant_type", "int4"], "`bnb_4bit_quant_type` must be one of ['nf4', 'fp4'], got int4"),
+        (["--model_init_kwargs", "[1]"], "`model_init_kwargs` must be a dict, or one as JSON, got '[1]'"),
+        (["--model_init_kwargs", '{"quantization_config": null}'], "must be without `quantization_config` at the"),
+        (["--attn_implementation", "flash_attention_2"], "flash"),
+    ],
+)
+def test_a_mistake_in_what_is_loaded_is_one_line(base_folder, rows_file, tmp_path, capsys, more, said):
+    assert main([*train_words(base_folder, rows_file, tmp_path / "run"), *more]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("qlora-dpo train: ")]
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("save_strategy: no", "save_strategy", "no"),
+        ("logging_strategy: no", "logging_strategy", "no"),
+        ("report_to: null", "report_to", []),
+    ],
+)
+def test_no_in_yaml_is_no(tmp_path, line, name, value):
+    """YAML reads it as false."""
+    path = tmp_path / "options.yaml"
+    path.write_text(f"output_dir: {tmp_path}\n{line}\n")
+    (args,) = parse((QLoRADPOConfig,), ["--config", str(path)], "qlora-dpo train")
+    assert getattr(args, name) == value
+
+
+def test_an_option_that_must_be_given_is_not_null(tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_text("model_name_or_path: null\ndataset_name: x.jsonl\n")
+    assert main(["train", "--config", str(path)]) == 2
+    assert "`model_name_or_path` must be given, got null. Fill it in." in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_where_a_shell_leaves_it(base_folder, rows_file, tmp_path, monkeypatch):
+    assert main(train_words(base_folder, rows_file, tmp_path / "run")) == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["evaluate", "--adapter=~/run", "--dataset_name", rows_file, *QUIET]) == 0
+    assert main(["report", "~/run"]) == 0
+    assert main(["merge", "--adapter=~/run", "--output_dir=~/merged"]) == 0
+    assert (tmp_path / "run" / "evaluations").is_dir()
+    assert (tmp_path / "merged" / "config.json").is_file()
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_a_run_over_an_adapter_says_what_it_writes_over(base_folder, rows_file, tmp_path):
+    words = train_words(base_folder, rows_file, tmp_path / "run")
+    assert main(words) == 0
+    with pytest.warns(UserWarning, match="holds an adapter, which will be written over, and this run begins anew"):
+        assert main(words) == 0
+
+
+def test_a_plan_without_a_card_says_how_to_name_one(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["plan", "--model", "llama-3.2-1b"]) == 0
+    assert "no GPU is here: add --gpu 24GB" in capsys.readouterr().err
 
 
 OWN_CODE = {

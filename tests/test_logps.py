@@ -188,3 +188,13 @@ def test_autocast_narrows_the_product_alone():
     assert torch.allclose(found["entropy"].double(), -(logps.exp() * logps).sum(-1), rtol=1e-5, atol=1e-5)
     assert torch.allclose(found["log_sum_sq_probs"].double(), (2 * logps).logsumexp(-1), rtol=1e-5, atol=1e-5)
     assert torch.allclose(found["token_logps"].double(), logps.gather(-1, targets[:, None])[:, 0], atol=1e-5)
+
+
+def test_what_acts_on_the_calls_of_a_head_is_not_passed_over():
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(5, 8), torch.nn.Linear(8, 11, bias=False), torch.arange(5)
+    head.requires_grad_(False)
+    head.register_forward_hook(lambda module, given, output: output * 2)
+    found = token_scores(hidden, head, targets, LogitRule())["token_logps"]
+    expected = (2 * hidden @ head.weight.T).log_softmax(-1)[torch.arange(5), targets]
+    torch.testing.assert_close(found, expected)

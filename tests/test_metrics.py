@@ -109,18 +109,31 @@ def test_module_examples_are_true(name, monkeypatch):
     assert runner.failures == 0
 
 
-@pytest.mark.parametrize("module", ["losses", "logps", "metrics", "preferences", "segments", "measures"])
+WITH_EXAMPLES = sorted(path.stem for path in EVALUATE_MODULES.parent.glob("*.py") if ">>> " in path.read_text())
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_docstring_examples_are_true(module):
     found = doctest.testmod(importlib.import_module(f"qlora_dpo.{module}"), extraglobs={"torch": torch})
     assert found.attempted > 0
     assert found.failed == 0
 
 
+BETTER_WHEN_LOWER = {
+    "loss", "rewards/rejected", "rewards/ties", "logps/rejected", "entropy", "kl/chosen", "kl/rejected", "tie_share",
+    "implicit_reward_margin_std", "expected_calibration_error", "brier_score",
+}  # fmt: skip
+
+
+def test_the_direction_of_every_key_is_known():
+    assert {key for key, higher in HIGHER_IS_BETTER.items() if not higher} == BETTER_WHEN_LOWER
+
+
 @pytest.mark.parametrize(
     ("metric", "better"),
     [("eval_rewards/rejected", False), ("eval_logps/rejected", False), ("eval_rewards/margins", True), ("loss", False)],
 )
-def test_the_direction_of_every_key_is_known(make_args, metric, better):
+def test_a_direction_is_that_of_the_key(make_args, metric, better):
     args = make_args(metric_for_best_model=metric)
     assert args.greater_is_better is better
     assert make_args(metric_for_best_model=metric, greater_is_better=not better).greater_is_better is not better

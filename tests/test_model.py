@@ -17,7 +17,7 @@ from qlora_dpo import load_policy
 from qlora_dpo.adapters import frozen_adapters, is_fresh, trained_adapters
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
-from qlora_dpo.model import attach_adapter, keep_one_arithmetic, load_base, load_tokenizer
+from qlora_dpo.model import attach_adapter, default_quantization, keep_one_arithmetic, load_base, load_tokenizer
 
 from test_trainer import trainer_of
 from tiny_chat import build_tiny_llama
@@ -91,8 +91,6 @@ def test_four_bit_layers_never_change_their_arithmetic(base_folder, monkeypatch)
 
 def test_keep_one_arithmetic_mends_a_model_handed_in(base_folder, monkeypatch):
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
-    from qlora_dpo.model import default_quantization
-
     model = AutoModelForCausalLM.from_pretrained(base_folder, quantization_config=default_quantization())
     assert all(layer.support_avx512bf16_for_cpu for layer in four_bit_layers(model).values())
     keep_one_arithmetic(model)
@@ -255,3 +253,8 @@ def test_a_folder_without_a_tokenizer_is_named(base_folder, tmp_path):
         shutil.copy(Path(base_folder, name), tmp_path)
     with pytest.raises(FileNotFoundError, match=f"The folder {tmp_path} must hold a tokenizer, got none of its files"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_quantisation_that_is_not_wanted_is_refused(base_folder):
+    with pytest.raises(ValueError, match="`quantize` must be True with a `quantization_config`"):
+        load_policy(base_folder, quantize=False, quantization_config=default_quantization())
