@@ -50,6 +50,10 @@ def clipped(value: Any, width: int) -> str:
     return escaped(text if len(text) <= width else text[: width - 1] + "…")
 
 
+_FONTS = "'DejaVu Sans','Liberation Sans','Noto Sans',Arial,Helvetica,'Segoe UI',sans-serif"
+"""By name: where there is no browser, a family that is not installed is no text at all."""
+
+
 @dataclass(frozen=True)
 class Line:
     """A curve: what the legend calls it, its points by x, its colour, and 0 for training or the evaluation's number."""
@@ -145,6 +149,7 @@ class Chart:
         from resvg_py import svg_to_bytes
 
         style = CHART_STYLE + "text.title{font:600 14px system-ui,sans-serif;fill:var(--ink)}"
+        style = style.replace("system-ui,sans-serif", _FONTS)
         for name, value in COLOURS["light"].items():
             style = style.replace(f"var(--{name})", value)
         rows = [

@@ -75,8 +75,9 @@ def _padded_tokens(lengths: Sequence[np.ndarray], batch_size: int) -> int:
     return int(sum(batch.size * batch.max() for batch in batches))
 
 
-def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, width: int = 300) -> str:
-    """The first pair as the model sees it, special tokens shown."""
+def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first pair as the model sees it, special tokens shown; the middle of long texts left out."""
+    width = 300
     w, l = row["pairs"][0]
     parts = {"prompt": row["prompt_ids"], "chosen": row["completion_ids"][w], "rejected": row["completion_ids"][l]}
     lines = ["  first pair, as the model sees it:"]

@@ -5,6 +5,7 @@ The numbers come from the trainer's own evaluation, so that a report and a train
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def evaluate_preferences(
         )
     if args is None:
         options = _as_trained(policy, "ref_logps" in value_columns(columns_of(dataset)))
-        args = QLoRADPOConfig(output_dir=output_dir or "evaluation", report_to=[], **options)
+        args = QLoRADPOConfig(output_dir=output_dir or tempfile.gettempdir(), report_to=[], **options)
     trainer = QLoRADPOTrainer(model=policy, args=args, eval_dataset=dataset, processing_class=tokenizer)
     trainer.evaluate()
     return judged(trainer, name, output_dir)

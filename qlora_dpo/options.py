@@ -1,11 +1,11 @@
 """The options of `qlora-dpo train` for data and model, and the policy made from them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from transformers import BitsAndBytesConfig
 
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.model import default_quantization, load_policy
@@ -77,23 +77,11 @@ class ModelArguments:
     )
 
 
-def _require_unchanged(model: ModelArguments, names: Sequence[str]) -> None:
-    """Refuse options of a quantisation that there is not.
+def _lora(model: ModelArguments, args: QLoRADPOConfig) -> LoraConfig | None:
+    """The adapter that options ask for; None for one that is there already.
 
     Raises:
-        ValueError: If one is changed.
-    """
-    for name in names:
-        value, default = getattr(model, name), ModelArguments.__dataclass_fields__[name].default
-        if value != default:
-            raise ValueError(f"`{name}` must be {default} without `load_in_4bit`, got {value}. Leave it out.")
-
-
-def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
-    """The policy that options ask for; `args.model_init_kwargs` are used up.
-
-    Raises:
-        ValueError: For options that cannot go together, or are none of what there is.
+        ValueError: For options that cannot go together.
     """
     if model.lora_dropout and args.disable_dropout:
         raise ValueError(
@@ -106,13 +94,6 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
             f"`lora_target_modules` must be all-linear alone or names of layers, got {' '.join(targets)}. all-linear "
             "leaves the head out: name every layer to adapt it too."
         )
-    lora: LoraConfig | None = LoraConfig(
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,  # in a list it would be a layer's name
-        task_type="CAUSAL_LM",
-    )
     if adapter_folder(model.model_name_or_path) and not model.new_adapter:
         changed = [f.name for f in fields(model) if f.name.startswith("lora_") and getattr(model, f.name) != f.default]
         if changed:
@@ -120,21 +101,46 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
                 f"`{changed[0]}` must be left out for {model.model_name_or_path}, an adapter that has its own, got "
                 f"{getattr(model, changed[0])}. Add --new_adapter true to train a new one on top of it."
             )
-        lora = None
+        return None
+    return LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,  # in a list it would be a layer's name
+        task_type="CAUSAL_LM",
+    )
+
+
+def _quantization(model: ModelArguments) -> BitsAndBytesConfig | None:
+    """How options ask the base to be quantised; None for not at all.
+
+    Raises:
+        ValueError: For options that are none of what there is, or that nothing uses.
+    """
+    names = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
     if not model.load_in_4bit:
-        _require_unchanged(model, ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"))
-    quantization = default_quantization()
-    quantization.bnb_4bit_quant_type = model.bnb_4bit_quant_type
-    quantization.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
-    if model.bnb_4bit_quant_type not in QUANT_TYPES:
-        raise ValueError(
-            f"`bnb_4bit_quant_type` must be one of {list(QUANT_TYPES)}, got {model.bnb_4bit_quant_type}. Use nf4."
-        )
-    if model.bnb_4bit_quant_storage not in STORAGE_DTYPES:
-        raise ValueError(
-            f"`bnb_4bit_quant_storage` must be one of {list(STORAGE_DTYPES)}, got {model.bnb_4bit_quant_storage}."
-        )
-    quantization.bnb_4bit_quant_storage = getattr(torch, model.bnb_4bit_quant_storage)
+        for name in names:
+            value, default = getattr(model, name), ModelArguments.__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(f"`{name}` must be {default} without `load_in_4bit`, got {value}. Leave it out.")
+        return None
+    for name, choices in (("bnb_4bit_quant_type", QUANT_TYPES), ("bnb_4bit_quant_storage", STORAGE_DTYPES)):
+        if getattr(model, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(model, name)}. Use {choices[0]}.")
+    found = default_quantization()
+    found.bnb_4bit_quant_type = model.bnb_4bit_quant_type
+    found.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
+    found.bnb_4bit_quant_storage = getattr(torch, model.bnb_4bit_quant_storage)
+    return found
+
+
+def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
+    """The policy that options ask for; `args.model_init_kwargs` are used up.
+
+    Raises:
+        ValueError: For options that cannot go together, or are none of what there is.
+    """
+    lora, quantization = _lora(model, args), _quantization(model)
     options: dict[str, Any] = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -142,20 +148,22 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
     }
     if model.dtype is not None:
         if model.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {model.dtype}.")
-        options["dtype"] = quantization.bnb_4bit_compute_dtype = getattr(torch, model.dtype)
+            raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {model.dtype}. Use bfloat16.")
+        options["dtype"] = getattr(torch, model.dtype)
+        if quantization is not None:
+            quantization.bnb_4bit_compute_dtype = options["dtype"]
     options |= args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     if "quantization_config" in options:
         raise ValueError(
-            "`model_init_kwargs` must be without `quantization_config` at the command line, got one. Use --load_in_4bit "
-            "and --bnb_4bit_quant_type."
+            "`model_init_kwargs` must be without `quantization_config` at the command line, got one. Use "
+            "--load_in_4bit and --bnb_4bit_quant_type."
         )
     args.model_init_kwargs = None  # they are used here
     return load_policy(
         model.model_name_or_path,
         peft_config=lora,
         quantize=model.load_in_4bit,
-        quantization_config=quantization if model.load_in_4bit else None,
+        quantization_config=quantization,
         gradient_checkpointing=bool(args.gradient_checkpointing),
         quantize_head=model.quantize_head,
         embeddings_on_cpu=model.embeddings_on_cpu,

@@ -166,7 +166,6 @@ def read_record(folder: str) -> AdapterRecord:
             f"The adapter must lie beside its {RECORD_NAME}, got {folder}, {_without_record(path.parent)}"
         )
     found = json.loads(path.read_text())
-    found.setdefault("loss", {name: found[name] for name in LOSS_FIELDS if name in found})  # as 0.1.0 wrote it
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
     return AdapterRecord(**{name: value for name, value in found.items() if name in known})
 

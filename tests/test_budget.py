@@ -17,7 +17,6 @@ from one_step import RANKED, KeepGradients
 from test_trainer import policy_of
 from tiny_chat import CHAT_ROWS, ranked_row
 
-BIGGEST_SINGLE = 13
 """About the positions of one prompt with one completion in RANKED: below it nothing can be cut."""
 
 

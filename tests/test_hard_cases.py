@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -28,7 +27,6 @@ from qlora_dpo.layouts import GroupCollator
 from qlora_dpo.model import default_quantization
 from qlora_dpo.preferences import parse_row
 
-from reference_impl import completion_logps
 from test_cli import CLASSES, QUIET, REQUIRED, parsed, train_words
 from tiny_chat import CHAT_ROWS, WORDS, build_tiny_llama, ranked_row
 from tiny_models import ARCHITECTURES, COMMON, FOUR_EXPERTS, _refill, build
@@ -84,16 +82,6 @@ def trained_adapter(base_folder, folder, tokenizer):
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def naive_chosen(model, dataset):
-    """Mean logps of the chosen side, one sequence at a time."""
-    found = []
-    for row in dataset:
-        with torch.no_grad():
-            logps = completion_logps(model, row["prompt_ids"], row["completion_ids"])
-        found += [logps[w].item() for w, _ in row["pairs"]]
-    return np.mean(found)
 
 
 # ---- A: wrong numbers, in silence ---------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from qlora_dpo.charts import histogram
+from qlora_dpo.charts import Line, histogram, line_chart
 from qlora_dpo.measures import Pairs, preference_report
 from qlora_dpo.report import write_report
 
@@ -349,3 +350,12 @@ def test_what_was_trained_leaves_out_what_only_serves_a_resume(run):
         assert absent not in facts, absent
     assert "target_modules: down_proj, up_proj<br>" in facts
     assert "kind: nf4" in facts
+
+
+def test_the_words_of_a_picture_are_drawn():
+    """A family that the renderer does not know is no text at all, and no error."""
+    pytest.importorskip("resvg_py")
+    chart = line_chart("Loss", [Line("train", [(1, 2.0), (2, 1.0)], 0, 0)])
+    without_numbers = re.sub(r"<text.*?</text>", "", chart.drawing)
+    for less in (replace(chart, title=""), replace(chart, drawing=without_numbers)):
+        assert less.png() != chart.png()
