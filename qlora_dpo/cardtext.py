@@ -152,7 +152,8 @@ Merged with the base into a 16-bit model:
 qlora-dpo merge --adapter {shlex.quote(adapter)} --output_dir {shlex.quote(f"{name}-merged")}
 ```"""
     served = "" if record.stacked_on else _serving(base, record.base_revision, lora, adapter)
-    return "\n\n".join(part for part in (own, stacked if record.stacked_on else alone, merged, served) if part)
+    place = "" if is_id(record.base) else f"`{base}` was a folder where this was trained: write where yours lies."
+    return "\n\n".join(part for part in (place, own, stacked if record.stacked_on else alone, merged, served) if part)
 
 
 def _quantised_alike(record: AdapterRecord) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets.exceptions import DatasetsError
-from transformers import BitsAndBytesConfig, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from qlora_dpo.checkpoints import checkpoint_to_resume, last_intact
@@ -32,11 +32,12 @@ from qlora_dpo.hub import push_adapter
 from qlora_dpo.judge import judged
 from qlora_dpo.memory import parse_bytes, plan_memory
 from qlora_dpo.merge import merge_adapter
-from qlora_dpo.model import load_policy, load_tokenizer
+from qlora_dpo.model import load_tokenizer
 from qlora_dpo.options import DataArguments, ModelArguments, chosen_policy
 from qlora_dpo.parsing import parse
-from qlora_dpo.paths import EVALUATIONS, UNKNOWN, saved_adapter
+from qlora_dpo.paths import EVALUATIONS, UNKNOWN
 from qlora_dpo.record import (
+    policy_of,
     read_record,
     recorded_options,
     recorded_reference,
@@ -205,17 +206,7 @@ def evaluate(words: Sequence[str]) -> None:
         args.reference = recorded_reference(record, given="ref_logps" in value_columns(rows.column_names))
     require_known(record, args.reference)
     require_base(record, chosen.adapter)
-    quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
-    policy = load_policy(
-        record.base,
-        adapter=saved_adapter(chosen.adapter),
-        quantize=quantization is not None,
-        quantization_config=quantization,
-        gradient_checkpointing=False,
-        dtype=getattr(torch, record.dtype),
-        revision=record.base_revision or "main",
-        trust_remote_code=args.trust_remote_code,
-    )
+    policy = policy_of(record, chosen.adapter, trust_remote_code=args.trust_remote_code)
     tokenizer = load_tokenizer(chosen.adapter, trust_remote_code=args.trust_remote_code)
     trainer = QLoRADPOTrainer(model=policy, args=args, eval_dataset=rows, processing_class=tokenizer)
     trainer.step.bco_delta.total, trainer.step.bco_delta.count = record.bco_delta, 1

@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import BitsAndBytesConfig
 from transformers.utils import CONFIG_NAME, cached_file
 
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.checkpoints import last_intact
 from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
+from qlora_dpo.model import load_policy
 from qlora_dpo.origins import base_licence, versions
 from qlora_dpo.paths import (
     RECORD_NAME,
@@ -246,6 +249,29 @@ def require_known(record: AdapterRecord, asked: str) -> None:
             f"The reference of the adapter must be there to give rewards, got a record of `{record.reference}` (hash "
             f"{record.reference_hash}) that was in memory only. Name it, or another, with --reference."
         )
+
+
+def policy_of(record: AdapterRecord, adapter: str, base: str | None = None, **model_kwargs: Any) -> PeftModel:
+    """A saved adapter on its base, quantised and in the dtype as in training.
+
+    Args:
+        record: What lies beside the adapter.
+        adapter: Folder or Hub id.
+        base: Folder or Hub id of the base, if it is not where it was in training.
+        **model_kwargs: Passed to `load_policy`.
+    """
+    quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
+    options: dict[str, Any] = {"dtype": getattr(torch, record.dtype)}
+    if base is None:  # the revision is of the recorded one
+        options["revision"] = record.base_revision or "main"
+    return load_policy(
+        base or record.base,
+        adapter=saved_adapter(adapter),
+        quantize=quantization is not None,
+        quantization_config=quantization,
+        gradient_checkpointing=False,
+        **options | model_kwargs,
+    )
 
 
 def warn_of_reference(record: AdapterRecord, reference: Reference) -> None:

@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, sequences
 from qlora_dpo.errors import memory_said
@@ -27,11 +27,11 @@ from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.lean import use_lean_layers
 from qlora_dpo.lora import use_fast_lora
-from qlora_dpo.model import load_policy, load_tokenizer
-from qlora_dpo.paths import saved_adapter
+from qlora_dpo.model import load_tokenizer
 from qlora_dpo.preferences import PAIR_VALUES, Preference, parse_row
 from qlora_dpo.proof import extreme_groups, prove_model
 from qlora_dpo.record import (
+    policy_of,
     read_record,
     recorded_reference,
     require_base,
@@ -108,24 +108,13 @@ def load_scorer(adapter: str, reference: str | None = None, base: str | None = N
     require_known(record, asked)
     if base is None:
         require_base(record, adapter, **{name: model_kwargs[name] for name in _HUB if name in model_kwargs})
-    quantization = BitsAndBytesConfig.from_dict(record.quantization) if record.quantization else None
-    options = {"dtype": getattr(torch, record.dtype)} | model_kwargs
-    if base is None:  # the revision is of the recorded one
-        options = {"revision": record.base_revision or "main"} | options
-    policy = load_policy(
-        base or record.base,
-        adapter=saved_adapter(adapter),
-        quantize=quantization is not None,
-        quantization_config=quantization,
-        gradient_checkpointing=False,
-        **options,
-    )
+    policy = policy_of(record, adapter, base, **model_kwargs)
     policy.eval()
     install_scoring(policy.get_base_model())
     use_fast_lora(policy)
     use_lean_layers(policy)
     others = {name: value for name, value in model_kwargs.items() if name != "revision"}  # which is the base's
-    made = make_reference(asked, policy, in_4bit=quantization is not None, model_kwargs=others)
+    made = make_reference(asked, policy, in_4bit=record.quantization is not None, model_kwargs=others)
     warn_of_reference(record, made)
     warn_of_base(record, policy)
     trusted = {name: model_kwargs[name] for name in ("trust_remote_code",) if name in model_kwargs}
