@@ -184,7 +184,8 @@ def make_batch(
         `keys`: B host strings that tell prompt + completion from any other;
         `num_tokens`: both sides of every pair with their prompt, a host integer, as TRL counts;
         `num_unique_tokens`: tokens placed in the rows, without padding, a host integer.
-        With `parts`, those are dicts of the first six and the rows are in them only.
+        With `parts`, a forward each: what is in rows (`input_ids` to `targets`) is in them only, each with its
+        `lengths` and `num_unique_tokens`.
     """
     parts = [groups] if max_tokens is None else _cut(groups, layout, max_tokens)
     placed = [_placed(part, layout, pad_token_id) for part in parts]

@@ -120,8 +120,8 @@ class Step:
         """Score batches without gradient and leave in each forward's dict what the second stage needs.
 
         Every part (or the batch, if it has none) gets `slopes` `(n,)`: dL / d(token log-prob) with L the sum of the
-        losses over all pairs of all batches, of all processes where the objective couples pairs; `loss`: its share of
-        the sum; and `random_state`, so that dropout falls alike in both stages.
+        losses over all pairs of all batches, of all processes where the objective couples pairs; `loss` and `items`:
+        its share of the sum and of their number; and `random_state`, so that dropout falls alike in both stages.
 
         Returns:
             The pair table of each batch.

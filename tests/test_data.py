@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 from tokenizers import processors
@@ -154,6 +155,7 @@ def test_report_counts_what_happened(tokenizer):
     assert f"before they were cut: p95 {report.whole_p95}, max {report.whole_max} tokens" in str(report)
     lengths = [len(row["prompt_ids"]) + len(ids) for row in kept for ids in row["completion_ids"]]
     assert report.length_max == max(lengths)
+    assert report.length_p95 == int(np.percentile(lengths, 95)) > report.length_median == int(np.median(lengths))
     unique = sum(len(row["prompt_ids"]) + sum(len(ids) - 1 for ids in row["completion_ids"]) for row in kept)
     assert report.tokens == unique
     widths = [

@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from qlora_dpo import QLoRADPOTrainer
-from qlora_dpo.generations import GENERATIONS_NAME, answers, first_prompts
+from qlora_dpo.generations import GENERATIONS_NAME, WAYS, answers, first_prompts
 
 from test_trainer import policy_of
-from tiny_chat import CHAT_ROWS
+from tiny_chat import CHAT_ROWS, build_tiny_llama
 
 
 class Writer:
@@ -108,6 +108,14 @@ def test_answers_do_not_depend_on_the_prompts_beside_them(tokenizer, make_traine
     assert len({len(prompt) for prompt in prompts}) > 1
     together = answers(trainer.model, tokenizer, prompts, 8, 0, do_sample=False)
     assert together == [answers(trainer.model, tokenizer, [p], 8, 0, do_sample=False)[0] for p in prompts]
+
+
+def test_sampled_answers_are_drawn_from_the_distribution_that_is_trained(tokenizer):
+    """Not sharpened, and the same for the same seed only."""
+    assert WAYS["sampled"] == {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    model = build_tiny_llama(tokenizer)
+    drawn = [answers(model, tokenizer, [[5, 6, 7]], 8, seed, **WAYS["sampled"])[0] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_an_answer_ends_where_the_models_positions_do(tokenizer):

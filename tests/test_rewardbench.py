@@ -30,6 +30,8 @@ def test_sections_weigh_what_the_benchmark_says():
     reasoning = SECTIONS["Reasoning"]
     assert reasoning["math-prm"] == sum(weight for name, weight in reasoning.items() if name != "math-prm")
     assert sum(len(weights) for weights in SECTIONS.values()) == 23
+    totals = {name: sum(weights.values()) for name, weights in SECTIONS.items()}
+    assert totals == {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 1968}
 
 
 def test_a_tie_is_wrong_here():
