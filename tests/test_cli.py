@@ -714,7 +714,7 @@ def test_rows_that_cannot_be_scored_are_counted_and_the_status_is_1_also_when_ru
         capsys.readouterr()
         assert main(["score", "--adapter", run, "--source", str(source), "--target", str(target)]) == 1
         shown = capsys.readouterr()
-        assert shown.out == f"{count} rows scored into {target}\n"
+        assert shown.out == f"{count} rows scored into {target}{'' if count else ': none was left to score'}\n"
         assert "got 2 with an error" in shown.err
         assert "(first: row 0: A data set must have the columns" in shown.err
     assert len(target.read_text().splitlines()) == 3

@@ -150,7 +150,7 @@ def test_every_tracker_gets_the_table_and_the_log_the_text(make_trainer, capsys)
     table = writer.texts["eval/generations/0", 1]
     assert all(part in table for part in ("|  | policy | reference |", "| greedy |", "| sampled |"))
     assert [step for step, _ in tracker.texts] == [1, 1, 3, 3]
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert [shown.count(label) for label in ("greedy, policy: ", "sampled, reference: ")] == [4, 4]
 
 

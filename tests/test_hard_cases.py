@@ -341,7 +341,7 @@ def test_a_trust_remote_code_in_model_init_kwargs_is_kept(monkeypatch, base_fold
     import qlora_dpo.arguments as module
 
     given, load = {}, module.load_base
-    monkeypatch.setattr(module, "load_base", lambda m, q, **k: given.update(k) or load(m, q, **k))
+    monkeypatch.setattr(module, "load_base", lambda m, **k: given.update(k) or load(m, **k))
     args = make_args(model_init_kwargs={"trust_remote_code": True}, bf16=True)
     QLoRADPOTrainer(model=base_folder, args=args, train_dataset=chat_rows)
     assert given["trust_remote_code"] is True
