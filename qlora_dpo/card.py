@@ -12,13 +12,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
+from peft.utils import CONFIG_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora_dpo.cardtext import data_in_words, escaped, introduction, is_id, loading, shown, table, trained
 from qlora_dpo.measures import Estimate, PreferenceReport
-from qlora_dpo.paths import EVALUATIONS
+from qlora_dpo.paths import EVALUATIONS, JUDGED, REPORT_NAME
 from qlora_dpo.record import AdapterRecord, read_record, saved_adapter, weights_hash
-from qlora_dpo.report import PICTURES, STATE_NAME, curve_charts, picture_name, write_pictures
+from qlora_dpo.report import PICTURES, curve_charts, picture_name, write_pictures
 
 TAGS = ("dpo", "qlora-dpo", "lora", "preference-alignment")
 MARK = (
@@ -128,7 +130,7 @@ def make_card(
         metadata: More for the card's head.
     """
     record = read_record(str(folder))
-    lora = json.loads(Path(saved_adapter(str(folder)), "adapter_config.json").read_text())
+    lora = json.loads(Path(saved_adapter(str(folder)), CONFIG_NAME).read_text())
     judged = _evaluations(folder, record)
     title = str(metadata.get("model_name") or (name or _run_name(folder)).split("/")[-1])
     sections = {
@@ -154,7 +156,7 @@ def _run_name(folder: Path) -> str:
 
 def _history(folder: Path) -> list[dict[str, Any]]:
     """Lines of the training's log, if they were saved."""
-    found = _read(folder / STATE_NAME).get("log_history")
+    found = _read(folder / TRAINER_STATE_NAME).get("log_history")
     return [line for line in found if isinstance(line, dict)] if isinstance(found, list) else []
 
 
@@ -170,14 +172,14 @@ def _read(path: Path) -> dict[str, Any]:
 def _report(folder: Path) -> PreferenceReport | None:
     """The report of an evaluation, if there is one of this version."""
     try:
-        return PreferenceReport.from_dict(_read(folder / "report.json"))
+        return PreferenceReport.from_dict(_read(folder / REPORT_NAME))
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def _evaluations(folder: Path, record: AdapterRecord) -> list[Judged]:
     """What is known of these very weights: the evaluations of the training, and those of `qlora-dpo evaluate`."""
-    after, judged = _report(folder / "evaluation" / "after"), []
+    after, judged = _report(folder / JUDGED["after"]), []
     for name, found in record.evaluations.items():
         same = after is not None and (after.accuracy.value, after.pairs) == (found["accuracy"]["value"], found["pairs"])
         label = "unnamed data" if name == "eval" else name.removeprefix("eval_")

@@ -35,7 +35,7 @@ from qlora_dpo.merge import merge_adapter
 from qlora_dpo.model import load_tokenizer
 from qlora_dpo.options import DataArguments, ModelArguments, chosen_policy
 from qlora_dpo.parsing import parse
-from qlora_dpo.paths import EVALUATIONS, UNKNOWN
+from qlora_dpo.paths import EVALUATIONS, JUDGED, METRICS_NAME, UNKNOWN
 from qlora_dpo.record import (
     policy_of,
     read_record,
@@ -54,9 +54,8 @@ from qlora_dpo.shapes import BUILT_IN
 from qlora_dpo.terminal import one_line_warnings
 from qlora_dpo.trainer import QLoRADPOTrainer
 
-METRICS_NAME = "metrics.json"
 SOURCE = "source_sha256"
-"""Its key that tells an evaluation's data from others of the same name."""
+"""Key of an evaluation's metrics that tells its data from others of the same name."""
 TRAINING_ONLY = {f.name for f in fields(QLoRADPOConfig)}.difference(EVALUATION_FIELDS)
 
 
@@ -132,7 +131,7 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
     metrics: dict[str, Any] = {}
     if test_rows is not None and goes_on is None:
         metrics["before"] = trainer.evaluate()
-        judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "before")))
+        judged(trainer, data.dataset_name, str(Path(args.output_dir) / JUDGED["before"]))
         _write_metrics(args.output_dir, metrics)
     elif goes_on is not None and Path(args.output_dir, METRICS_NAME).is_file():
         metrics = json.loads(Path(args.output_dir, METRICS_NAME).read_text())
@@ -141,7 +140,7 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
     if test_rows is not None:
         metrics["after"] = trainer.evaluate()
         _save(trainer, metrics)
-        found = judged(trainer, data.dataset_name, str(Path(args.output_dir, "evaluation", "after")))
+        found = judged(trainer, data.dataset_name, str(Path(args.output_dir) / JUDGED["after"]))
         for title in ("before", "after"):
             if title in metrics:
                 print(_summary(title, metrics[title]))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from peft.utils import CONFIG_NAME
 from transformers.trainer_utils import HubStrategy
 
 from qlora_dpo.card import PICTURES, is_own, write_card
@@ -92,7 +93,7 @@ def adapter_files(folder: str) -> dict[str, Path]:
     """
     read_record(folder)
     adapter, top = Path(saved_adapter(folder)), Path(folder)
-    if not Path(adapter, "adapter_config.json").is_file():
+    if not Path(adapter, CONFIG_NAME).is_file():
         inside = sorted(path.parent.name for path in top.glob("*/adapter_config.json"))
         raise FileNotFoundError(f"`folder` must hold one adapter, got {inside or 'none'} in {folder}. Name its folder.")
     require_safetensors(str(adapter), folder)

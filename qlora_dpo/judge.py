@@ -21,12 +21,10 @@ from qlora_dpo.data import columns_of, value_columns
 from qlora_dpo.errors import FixableError
 from qlora_dpo.evaluation import GatheredPairs
 from qlora_dpo.measures import Pairs, PreferenceReport, preference_report
-from qlora_dpo.paths import RECORD_NAME, local_adapter
+from qlora_dpo.paths import PAIRS_NAME, RECORD_NAME, REPORT_NAME, local_adapter
 from qlora_dpo.record import read_record, recorded_options, require_known
 from qlora_dpo.resuming import warn_of_base
 from qlora_dpo.trainer import QLoRADPOTrainer
-
-REPORT_NAME, PAIRS_NAME = "report.json", "pairs.jsonl"
 
 
 def evaluate_preferences(

@@ -35,7 +35,7 @@ from qlora_dpo.weights import fit_vocabulary
 
 INTO = ("quantized", "original")
 DTYPES = ("bfloat16", "float16", "float32")
-REPORT_NAME = "merge.json"
+MERGE_REPORT_NAME = "merge.json"
 TAGS = ("dpo", "qlora-dpo", "preference-alignment")
 UNFINISHED_NAME = "merge.unfinished"
 """Lies in a folder from the first byte that is written to the last."""
@@ -158,7 +158,7 @@ def merge_adapter(
             sample_rows if isinstance(sample_rows, Dataset) else Dataset.from_list([dict(row) for row in sample_rows])
         )
         report = _measured(job, Path(output_dir), size, rows, reference)
-    Path(output_dir, REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    Path(output_dir, MERGE_REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     _card(job, report).save(Path(output_dir, REPOCARD_NAME))
     return report
 

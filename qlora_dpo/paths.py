@@ -12,6 +12,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 RECORD_NAME = "qlora_dpo.json"
+METRICS_NAME = "metrics.json"
+"""What a command found, as numbers: of a training in its folder, of an evaluation in its own."""
+REPORT_NAME, PAIRS_NAME = "report.json", "pairs.jsonl"
+"""The report of an evaluation, and a line for each of its pairs."""
+JUDGED = {when: Path("evaluation", when) for when in ("before", "after")}
+"""Folders of a run with the evaluations of its own data before and after the training."""
 EVALUATIONS = "evaluations"
 """Folder beside an adapter with a folder for each data set that it was evaluated on later."""
 UNKNOWN = "unknown"

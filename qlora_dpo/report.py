@@ -13,6 +13,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from qlora_dpo.charts import (
     CHART_STYLE,
     COLOURS,
@@ -28,9 +32,9 @@ from qlora_dpo.charts import (
 from qlora_dpo.generations import GENERATIONS_NAME
 from qlora_dpo.measures import PreferenceReport
 from qlora_dpo.origins import versions
+from qlora_dpo.paths import JUDGED, METRICS_NAME, PAIRS_NAME, RECORD_NAME, REPORT_NAME
 
 REPORT_PAGE, PICTURES = "report.html", "charts"
-STATE_NAME = "trainer_state.json"
 UNTOLD = {"run", "evaluations", "bco_delta"}
 """Fields of the record that are shown elsewhere on the page or serve only to go on with a run."""
 _WAY_OUT = (
@@ -88,11 +92,11 @@ def write_report(run_dir: str) -> str:
     run = Path(run_dir)
     state = _state(run)
     notes: list[str] = []
-    metrics, record = (_optional(run / name, notes) for name in ("metrics.json", "qlora_dpo.json"))
-    folders = {when: run / "evaluation" / when for when in ("before", "after")}
-    reports = {when: found for when, path in folders.items() if (found := _report(path / "report.json", notes))}
-    pairs = {when: path / "pairs.jsonl" for when, path in folders.items() if (path / "pairs.jsonl").is_file()}
-    notes += [f"evaluation/{when}/pairs.jsonl is missing." for when in folders if when not in pairs]
+    metrics, record = (_optional(run / name, notes) for name in (METRICS_NAME, RECORD_NAME))
+    folders = {when: run / path for when, path in JUDGED.items()}
+    reports = {when: found for when, path in folders.items() if (found := _report(path / REPORT_NAME, notes))}
+    pairs = {when: path / PAIRS_NAME for when, path in folders.items() if (path / PAIRS_NAME).is_file()}
+    notes += [f"{JUDGED[when].as_posix()}/{PAIRS_NAME} is missing." for when in folders if when not in pairs]
     curves, distributions, slices = curve_charts(state["log_history"]), _distributions(reports, pairs), _slices(reports)
     notes += write_pictures(run / PICTURES, [*curves, *distributions, *slices])
     special = _special_tokens(run)
@@ -149,15 +153,15 @@ def picture_name(title: str) -> str:
 def _state(run: Path) -> dict[str, Any]:
     if not run.is_dir():
         raise FileNotFoundError(f"`run_dir` must be a folder, got {run}. Pass the `output_dir` of a training run.")
-    path = run / STATE_NAME
+    path = run / TRAINER_STATE_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"`run_dir` must hold {STATE_NAME}, got {run} without it. {_WAY_OUT}")
+        raise FileNotFoundError(f"`run_dir` must hold {TRAINER_STATE_NAME}, got {run} without it. {_WAY_OUT}")
     notes: list[str] = []
     state = _optional(path, notes)
     history = state.get("log_history")
     if not isinstance(history, list) or not all(isinstance(line, dict) for line in history):
         got = "no JSON object" if notes else f"{type(history).__name__} as `log_history`"
-        raise ValueError(f"`run_dir` must hold a log history in {STATE_NAME}, got {got}. {_WAY_OUT}")
+        raise ValueError(f"`run_dir` must hold a log history in {TRAINER_STATE_NAME}, got {got}. {_WAY_OUT}")
     return state
 
 
@@ -355,8 +359,8 @@ def _facts(run: Path, state: Mapping[str, Any], metrics: Mapping[str, Any], reco
     """What was trained, on what, with which loss, and the versions of the packages."""
     told = {name: value for name, value in record.items() if value and name not in UNTOLD}
     shown = {name.replace("_", " "): value for name, value in told.items()}
-    for path in sorted([*run.glob("adapter_config.json"), *run.glob("*/adapter_config.json")]):
-        if path.parent.name.startswith("checkpoint-"):
+    for path in sorted([*run.glob(CONFIG_NAME), *run.glob(f"*/{CONFIG_NAME}")]):
+        if path.parent.name.startswith(PREFIX_CHECKPOINT_DIR):
             continue
         config = _optional(path, [])
         lora: dict[str, Any] = {name: config[name] for name in ("r", "lora_alpha", "lora_dropout") if name in config}
