@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_dpo.offload import require_frozen_embeddings
 
@@ -181,6 +182,17 @@ def require_token_adapter(config: PeftConfig) -> None:
         raise NotImplementedError(
             f"The adapter must be made of layers that act on each token, got {refused}. Use LoRA."
         )
+
+
+def text_prefix(model: PreTrainedModel) -> str:
+    """What the names of the layers that text goes through begin with; empty where those are all there are.
+
+    A model that sees images has towers beside its decoder.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    return prefix if any(not name.startswith(prefix) for name in linears) else ""
 
 
 def changes_base(policy: PeftModel) -> str | None:

@@ -120,6 +120,7 @@ class Shape:
         lean_mlp: Whether the MLP is one that `lean` has keep gate and up only.
         kept: What a layer keeps, case by case.
         linears: `(inputs, outputs)` of each linear layer but the head.
+        adapted: The same of those that text goes through, and the default adapter changes.
         layer_linears: The same of one decoder layer.
         embeddings: Weights of the embeddings.
         head: Weights of the LM head that are not the embeddings: 0 if it is tied to them.
@@ -139,6 +140,7 @@ class Shape:
     lean_mlp: bool
     kept: dict[Case, Kept]
     linears: tuple[tuple[int, int], ...]
+    adapted: tuple[tuple[int, int], ...]
     layer_linears: tuple[tuple[int, int], ...]
     embeddings: int
     head: int
@@ -281,7 +283,7 @@ def _constants(weights: int, double: bool) -> int:
 
 def _adapter_sizes(shape: Shape, rank: int) -> list[int]:
     """Elements of each A `(r, inputs)` and B `(outputs, r)`."""
-    return [rank * size for linear in shape.linears for size in linear]
+    return [rank * size for linear in shape.adapted for size in linear]
 
 
 def _optimizer_state(shape: Shape, options: MemoryOptions) -> int:

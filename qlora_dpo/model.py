@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from qlora_dpo.adapters import (
     free_name,
     loading_changes_base,
     stack_adapter,
+    text_prefix,
     train_in_fp32,
     trained_adapters,
 )
@@ -177,14 +179,20 @@ def attach_adapter(
 ) -> PeftModel:
     """A new adapter on a base; its weights in fp32 whatever the base's dtype.
 
-    `revision` is that of the base, which the adapter's config keeps.
+    `revision` is that of the base, which the adapter's config keeps. `all-linear` leaves out towers for images, which
+    no text goes through: their adapters would be saved as they began, and processes would wait for their gradients.
 
     Raises:
         ValueError: If the model has an adapter already.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("The model must have no adapter yet, got one that transformers loaded. Load the base alone.")
-    policy = get_peft_model(model, peft_config or default_lora(), revision=revision)
+    config = peft_config or default_lora()
+    prefix = text_prefix(model) if getattr(config, "target_modules", None) == "all-linear" else ""
+    if prefix and config.exclude_modules is None:
+        config = copy.copy(config)
+        config.exclude_modules = rf"(?!{re.escape(prefix)}).*"
+    policy = get_peft_model(model, config, revision=revision)
     train_in_fp32(policy)
     return policy
 

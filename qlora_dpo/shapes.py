@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from qlora_dpo.adapters import text_prefix
 from qlora_dpo.attention import attention_backend
 from qlora_dpo.footprint import GATHERED, Attention, Case, Kept, Shape
 from qlora_dpo.lean import is_gated_mlp, norm_rule
@@ -140,6 +141,7 @@ def _shape(config: PreTrainedConfig, name: str) -> Shape:
         lean_mlp=any(is_gated_mlp(module) for module in layer.modules()),
         kept=kept,
         linears=tuple(linears.values()),
+        adapted=tuple(sizes for path, sizes in linears.items() if path.startswith(text_prefix(model))),
         layer_linears=tuple(inside.values()),
         embeddings=embeddings.numel(),
         head=in_head,

@@ -268,7 +268,7 @@ def test_compressed_keys_and_values_are_foretold(name, tmp_path, gathered, monke
 
 
 def test_a_model_with_a_vision_tower_is_counted_whole(tmp_path):
-    """The default LoRA adapts the tower's matrices too."""
+    """Its weights are there, and the default LoRA leaves them as they are: no text goes through them."""
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = transformers.Gemma3Config(
         text_config=FAMILIES["gemma3"].to_dict(),
@@ -280,6 +280,7 @@ def test_a_model_with_a_vision_tower_is_counted_whole(tmp_path):
     plan, text = foretold(config, 512), foretold(FAMILIES["gemma3"], 512)
     assert plan.shape.layer_linears == text.shape.layer_linears
     assert plan.shape.parameters == AutoModelForCausalLM.from_config(config).num_parameters() > text.shape.parameters
+    assert plan.held["adapters"] == text.held["adapters"]
     assert plan.held["adapters"] == 4 * sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert sum(plan.held.values()) == pytest.approx(held_by(trainer), rel=5e-3)
     for checkpointing in (True, False):
