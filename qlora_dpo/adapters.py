@@ -100,6 +100,13 @@ def base_weights(policy: PeftModel) -> dict[str, Tensor]:
     return found
 
 
+def computed_buffers(policy: PeftModel) -> set[str]:
+    """Names, as `base_weights` has them, of buffers that no file holds; some follow what the model has seen (RoPE)."""
+    modules = policy.get_base_model().named_modules()
+    names = {f"{path}.{leaf}" for path, module in modules for leaf in module._non_persistent_buffers_set}
+    return {name.replace(".base_layer", "").replace(".original_module", "") for name in names}
+
+
 def is_fresh(policy: PeftModel, names: Sequence[str] | None = None) -> bool:
     """Whether every LoRA layer of the named (or active) adapters still adds exactly nothing: A or B is all zeros."""
     chosen = list(policy.active_adapters if names is None else names)

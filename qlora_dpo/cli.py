@@ -135,7 +135,7 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
         _write_metrics(args.output_dir, metrics)
     elif goes_on is not None and Path(args.output_dir, METRICS_NAME).is_file():
         metrics = json.loads(Path(args.output_dir, METRICS_NAME).read_text())
-    metrics["train"] = trainer.train(resume_from_checkpoint=goes_on).metrics
+    metrics["train"] = trainer.train(resume_from_checkpoint=goes_on).metrics or metrics.get("train", {})
     _save(trainer, metrics)  # before anything that may fail
     if test_rows is not None:
         metrics["after"] = trainer.evaluate()
@@ -192,7 +192,8 @@ def _evaluation_folder(asked: EvaluationArguments) -> str:
 def evaluate(words: Sequence[str]) -> None:
     """`qlora-dpo evaluate`: a saved adapter, as its record says."""
     classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
-    asked = parse(classes, words, program, unused=TRAINING_ONLY)[0]  # the adapter's record sets the other defaults
+    # The adapter's record sets the other defaults; the first look must not judge options by the library's own.
+    asked = parse(classes, words, program, {"reference": "as recorded"}, TRAINING_ONLY)[0]
     adapter, record = asked.adapter, read_record(asked.adapter)
     defaults = recorded_options(record, given=False) | {"output_dir": _evaluation_folder(asked)}
     chosen, args = parse(classes, words, program, defaults, TRAINING_ONLY)

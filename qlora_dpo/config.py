@@ -17,7 +17,7 @@ from qlora_dpo.losses import LOSSES, RANGES
 from qlora_dpo.metrics import HIGHER_IS_BETTER
 from qlora_dpo.objective import DIVERGENCES, Objective, check_reference, make_objective
 from qlora_dpo.preferences import PAIR_STRATEGIES
-from qlora_dpo.typed import check_types, may_be_none, read_numbers
+from qlora_dpo.typed import check_types, may_be_none, read_plainly
 
 BATCH_LAYOUTS = ("auto", *LAYOUTS)
 
@@ -313,7 +313,7 @@ class QLoRADPOConfig(TrainingArguments):
             raise TypeError(f"`loss_type` must be a name or a list of them, got {self.loss_type!r}. Use 'sigmoid'.")
         if getattr(self, "report_to", None) in (None, False):  # as YAML has `null` and `no`
             self.report_to = "none"
-        read_numbers(self, QLoRADPOConfig, _CHECKED_WITH_LOSSES)
+        read_plainly(self, QLoRADPOConfig, _CHECKED_WITH_LOSSES)
 
     def _know_the_better_direction(self) -> None:
         """Whether a higher value of `metric_for_best_model` is better: Trainer takes all but losses for higher."""

@@ -103,14 +103,26 @@ def _encode(tokenizer: PreTrainedTokenizerBase, preference: Preference, row: Map
     wholes = [
         f"{prompt}{text}" if str(text).endswith(eos) else f"{prompt}{text}{eos}" for text in preference.completions
     ]
-    probe = tokenizer("a")["input_ids"]  # shows by its ends what is added: BOS and EOS may be one token
     found = tokenizer([str(prompt), *wholes])["input_ids"]
-    if probe[-1] == tokenizer.eos_token_id:  # the texts hold the EOS they need, and a prompt goes on
-        found = [ids[:-1] for ids in found]
+    front, back = _added(found[1], tokenizer(wholes[0], add_special_tokens=False)["input_ids"])
+    if tokenizer.eos_token_id in back:  # the texts hold the EOS they need, and a prompt goes on
+        found = [ids[: len(ids) - len(back)] for ids in found]
     bos = tokenizer.bos_token_id
-    if probe[0] == bos:
+    if bos is not None and bos in front:
         found = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in found]
     return found
+
+
+def _added(ids: Sequence[int], plain: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """What a tokenizer adds before and behind a text's own tokens, told by place: BOS and EOS may be one token.
+
+    >>> _added([2, 7, 8, 2], [7, 8, 2]), _added([7, 2, 2], [7, 2])
+    (([2], []), ([], [2]))
+    """
+    for first in range(len(ids) - len(plain) + 1):
+        if list(ids[first : first + len(plain)]) == list(plain):
+            return ids[:first], ids[first + len(plain) :]
+    return [], []
 
 
 def _distinct(

@@ -1,15 +1,19 @@
-"""From files and the Hub to rows of preference data, their texts as they were written."""
+"""From files and the Hub to rows of preference data, the texts of a file as they were written."""
 
+import codecs
 import glob
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, ReadInstruction, load_dataset
+from datasets import Dataset, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from qlora_dpo.preferences import TEXT_COLUMNS, decoded
+from qlora_dpo.preferences import PAIR_VALUES, TEXT_COLUMNS, USED_COLUMNS, decoded
 
+_NO_NUMBER = ["", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "null", "NULL", "None"]
+"""What stands in number columns of .csv files where there is none; in a text each is a text."""
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -53,18 +57,42 @@ def load_rows(path_or_id: str, split: str = "train", name: str | None = None) ->
 
 
 def _load_file(path: Path, split: str) -> Dataset:
-    """A file, its texts as they are: pandas takes `None` and `NA` for no value, pyarrow dates for times."""
+    """A file, its texts as they are: pandas takes `None` and `NA` for no value, pyarrow takes dates for times."""
     kind = _FILE_TYPES[path.suffix]
-    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        numbers = {*PAIR_VALUES, "ref_chosen_logps", "ref_rejected_logps"}
+        none = {name: _NO_NUMBER if name in numbers else [""] for name in USED_COLUMNS}
+        options = {"keep_default_na": False, "na_values": none}
     rows = load_dataset(kind, data_files=glob.escape(str(path)), split=split, **options)
-    if kind == "json" and "timestamp" in str(rows.features):
-        whole = Dataset.from_list(_json_rows(path))
-        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
-        return whole.select([i for part in parts for i in range(part.from_, part.to)])
+    times = [name for name, feature in rows.features.items() if _has_times(feature)] if kind == "json" else []
+    if times:
+        return _with_texts(path, times, split)
     if kind == "csv":
         names = [name for name in TEXT_COLUMNS if name in rows.column_names and _holds_messages(rows[0][name])]
         return rows.map(lambda row: {name: decoded(row[name], name) for name in names}) if names else rows
     return rows
+
+
+def _has_times(feature: Any) -> bool:
+    """Whether a column, or what is in it, was read as dates or times."""
+    if isinstance(feature, Value):
+        return feature.dtype.startswith(("timestamp", "date", "time"))
+    inside = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return any(_has_times(one) for one in inside if one is not None)
+
+
+def _with_texts(path: Path, names: Sequence[str], split: str) -> Dataset:
+    """The rows of a JSON file, some columns as their text stands there."""
+    whole = load_dataset("json", data_files=glob.escape(str(path)), split="train")
+    raw = _json_rows(path)
+    for name in names:
+        column = Dataset.from_list([{name: row.get(name)} for row in raw])
+        whole = whole.remove_columns(name).add_column(name, column.data.column(name))
+    if split == "all":
+        return whole
+    parts = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
+    return whole.select([i for part in parts for i in range(part.from_, part.to)])
 
 
 def _holds_messages(text: Any) -> bool:
@@ -78,7 +106,7 @@ def _holds_messages(text: Any) -> bool:
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON file, of lines or one list."""
-    text = path.read_bytes()
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if text.lstrip()[:1] == b"[":
         return json.loads(text)
     return [json_row(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]

@@ -4,6 +4,7 @@ The model itself never exists: a skeleton on the meta device carries PEFT's laye
 gets its own base weight in fp32, PEFT merges into it, the result is taken out, and the weight goes again.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -34,14 +35,18 @@ from qlora_dpo.paths import local_adapter
 from qlora_dpo.shards import Checkpoint
 from qlora_dpo.weights import load_adapter_weights
 
-_KINDS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "FOURIERFT", "LN_TUNING", "VERA", "RANDLORA")
+_KINDS = (
+    *("LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "FOURIERFT", "LN_TUNING", "VERA", "RANDLORA"),
+    *("TRAINABLE_TOKENS", "C3A", "MISS", "WAVEFT", "GRALORA", "ROAD"),
+)
 """Kinds of adapters whose merged model a test compares with the policy, as PEFT spells them."""
 
 
 def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal LM of a config without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        own = copy.deepcopy(config)  # which a model that is resized changes
+        return AutoModelForCausalLM.from_config(own, trust_remote_code=trust_remote_code)
 
 
 class BaseWeights:
@@ -318,8 +323,9 @@ class Fold:
             setattr(inner, leaf, nn.Parameter(value.to(torch.float32, copy=True), requires_grad=False))
         names = [name for name in self._adapters if name in layer._get_available_adapters()]
         try:
-            merged = _checked_merge(layer, names)
-        except (RuntimeError, NotImplementedError) as error:
+            with torch.autocast("cpu", enabled=False):
+                merged = _checked_merge(layer, names)
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
             raise NotImplementedError(
                 f"The adapter must be one that PEFT can merge, got {path}: {error} Serve base and adapter apart."
             ) from error
@@ -343,7 +349,7 @@ def _checked_merge(layer: Any, names: list[str]) -> nn.Module:
     layer._active_adapter = names
     for leaf, buffer in inner.named_buffers(recurse=False):
         if buffer.is_meta:  # a scale of embeddings, which any number can stand for here
-            setattr(inner, leaf, torch.ones(buffer.shape))
+            setattr(inner, leaf, torch.ones(buffer.shape, dtype=torch.float32))
     inputs = _probe(layer, inner)
     base, wanted = inner(inputs), layer(inputs)
     layer.merge(safe_merge=True, adapter_names=names)
@@ -363,7 +369,7 @@ def _probe(layer: Any, inner: nn.Module) -> Tensor:
     shape: tuple[int, ...] = (8, weight.shape[0 if isinstance(inner, Conv1D) else -1])
     if isinstance(inner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         shape = (8, inner.in_channels, *inner.kernel_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 
 
 def _policy_skeleton(model: PreTrainedModel, adapters: Sequence[str]) -> PeftModel:
@@ -410,6 +416,8 @@ def _require_loaded(policy: PeftModel, name: str, adapter: str) -> None:
     """
     held = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
     held = {key: tensor for key, tensor in held.items() if name in key.split(".")}
+    whole = {key for key, _ in policy.named_buffers() if f"modules_to_save.{name}." in key}  # the base's own
+    held = {key: tensor for key, tensor in held.items() if key not in whole}
     copies = "trainable_tokens_original"  # of the base, to undo a merge with
     lost = [k for k, tensor in held.items() if copies not in k and (tensor.is_meta or bool(tensor.isnan().any()))]
     if lost:

@@ -98,7 +98,7 @@ def judged(trainer: QLoRADPOTrainer, name: str, output_dir: str | None = None) -
             "Rewards must be finite to be judged, got some that are not: the policy has diverged, or what it is "
             "trained from holds such numbers. Lower `learning_rate`; `qlora-dpo report` draws where the log went wrong."
         )
-    report = preference_report(pairs_of(trainer.last_pairs, groups, trainer.args.beta), name)
+    report = preference_report(pairs_of(trainer.last_pairs, groups, trainer.beta), name)
     if output_dir is not None and trainer.args.process_index == 0:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         Path(output_dir, REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n")

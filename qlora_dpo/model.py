@@ -51,7 +51,7 @@ from qlora_dpo.paths import (
     with_revision,
 )
 from qlora_dpo.recompute import checkpoint_activations
-from qlora_dpo.weights import fit_vocabulary, load_adapter_weights, shapes_checked_later
+from qlora_dpo.weights import fit_vocabulary, load_adapter_weights, require_same_vocabulary, shapes_checked_later
 
 
 def compute_dtype() -> torch.dtype:
@@ -361,6 +361,7 @@ def add_saved_adapter(policy: PeftModel, source: str, stem: str) -> str:
             f"The adapter {source} must be of the policy's kind, {kind.value}, got {config.peft_type.value}. Merge it "
             "into its base and name that model instead."
         )
+    require_same_vocabulary(policy.get_base_model(), source)
     name = free_name(policy, stem)
     flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     with shapes_checked_later(source) as options:

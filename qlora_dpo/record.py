@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.checkpoints import last_intact
-from qlora_dpo.config import LOSS_FIELDS, QLoRADPOConfig
+from qlora_dpo.config import LOSS_FIELDS, REFERENCES, QLoRADPOConfig
 from qlora_dpo.model import load_policy
 from qlora_dpo.origins import base_licence, versions
 from qlora_dpo.paths import (
@@ -76,6 +76,7 @@ class AdapterRecord:
     bco_delta: float = 0.0
     reference_source: str | None = None
     reference_hash: str | None = None
+    reference_in_4bit: bool = True
     stacked_on: str | None = None
     base_commit: str | None = None
     licence: dict[str, str] = field(default_factory=dict)
@@ -138,6 +139,7 @@ def record_of(
         reference="given" if given else reference.kind,
         reference_source=reference.source and lasting(reference.source),
         reference_hash=reference_hash(reference),
+        reference_in_4bit=args.reference_in_4bit,
         stacked_on=lasting(sources.get(below[-1], UNKNOWN)) if below else None,
         beta=args.beta,
         loss={name: getattr(args, name) for name in LOSS_FIELDS},
@@ -171,6 +173,15 @@ def read_record(folder: str) -> AdapterRecord:
     found = json.loads(path.read_text())
     known = {field.name for field in fields(AdapterRecord)}  # a later version may write more
     return AdapterRecord(**{name: value for name, value in found.items() if name in known})
+
+
+def evaluations_of(checkpoint: str, run: str) -> dict[str, dict[str, Any]]:
+    """What evaluations of a checkpoint's weights gave: then, or after the training, where the run's end has them."""
+    for folder in (run, checkpoint):
+        files = [Path(folder, name) for name in (RECORD_NAME, SAFETENSORS_WEIGHTS_NAME)]
+        if all(path.is_file() for path in files) and weights_hash(folder) == weights_hash(checkpoint):
+            return read_record(folder).evaluations
+    return {}
 
 
 def _without_record(folder: Path) -> str:
@@ -235,7 +246,9 @@ def recorded_options(record: AdapterRecord, given: bool) -> dict[str, Any]:
     """
     lengths = {name: getattr(record, name) for name in ("max_length", "max_prompt_length", "pair_strategy")}
     precision = {name: record.mixed_precision == name for name in ("bf16", "fp16")}
-    return lengths | record.loss | precision | {"reference": recorded_reference(record, given)}
+    reference = recorded_reference(record, given)
+    in_4bit = {} if reference in REFERENCES else {"reference_in_4bit": record.reference_in_4bit}
+    return lengths | record.loss | precision | {"beta": record.beta, "reference": reference} | in_4bit
 
 
 def require_known(record: AdapterRecord, asked: str) -> None:

@@ -18,7 +18,14 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from qlora_dpo.adapters import adapter_weights, base_weights, changes_base, frozen_adapters, trained_adapters
+from qlora_dpo.adapters import (
+    adapter_weights,
+    base_weights,
+    changes_base,
+    computed_buffers,
+    frozen_adapters,
+    trained_adapters,
+)
 from qlora_dpo.cache import weights_fingerprint
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import VALUE_COLUMNS
@@ -99,7 +106,7 @@ def warn_of_base(record: AdapterRecord, policy: PeftModel) -> None:
     Not to be told of weights that were quantised on another kind of device, which may round otherwise, nor of an
     adapter that trains parts of the base or lies on another.
     """
-    run, frozen = record.run, base_weights(policy)
+    run, frozen = record.run, _stored(policy)
     comparable = run.get(FROZEN_ON) == policy.device.type and record.stacked_on is None and changes_base(policy) is None
     if not comparable or any(tensor.is_meta for tensor in frozen.values()):
         return
@@ -116,8 +123,14 @@ def frozen_weights(policy: PeftModel) -> dict[str, Tensor]:
 
     The constants of 4-bit weights are left out: their last bits depend on the GPU that quantised them.
     """
-    named = {**base_weights(policy), **adapter_weights(policy, frozen_adapters(policy))}
+    named = {**_stored(policy), **adapter_weights(policy, frozen_adapters(policy))}
     return {name: tensor for name, tensor in named.items() if not tensor.requires_grad}
+
+
+def _stored(policy: PeftModel) -> dict[str, Tensor]:
+    """The base's weights, without what it computes anew."""
+    computed = computed_buffers(policy)
+    return {name: tensor for name, tensor in base_weights(policy).items() if name not in computed}
 
 
 def groups_fingerprint(dataset: Dataset) -> str:

@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import threading
 from typing import Any
 
 import torch
@@ -114,7 +115,19 @@ def _named_shape(name: str) -> Shape:
 
 
 def _shape(config: PreTrainedConfig, name: str) -> Shape:
-    """Count the layers of a model on the meta device, all of it: beside a text model's layers those of its towers."""
+    """Count the layers of a model on the meta device, all of it: beside a text model's layers those of its towers.
+
+    Raises:
+        NotImplementedError: If it is not built as transformers builds its decoders.
+    """
+    try:
+        with _ONE_AT_A_TIME:
+            return _counted(config, name)
+    except (AttributeError, TypeError) as error:
+        raise _unplanned("be built as transformers' decoders are", name, f"what is not ({error})") from error
+
+
+def _counted(config: PreTrainedConfig, name: str) -> Shape:
     text, model = config.get_text_config(), _skeleton(config, name)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings().weight
     linears = _linears(model, head)
@@ -126,7 +139,9 @@ def _shape(config: PreTrainedConfig, name: str) -> Shape:
     intermediate, expanded = _mlp_sizes(inside, text.hidden_size, name)
     attention, kept = _run_layer(model, layer, name, intermediate)
     norms = _norms(layer)
-    sizes = [tuple(module.get_parameter("weight").shape) for module in norms if hasattr(module, "weight")]
+    sizes = [
+        tuple(module.get_parameter("weight").shape) for module in norms if getattr(module, "weight", None) is not None
+    ]
     return Shape(
         name=name,
         hidden=text.hidden_size,
@@ -231,6 +246,8 @@ def _unplanned(rule: str, name: str, got: str) -> NotImplementedError:
 # ---- what a layer keeps ----------------------------------------------------------------------------------------------
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""A run registers its attention under one name for all threads."""
 _STAND_IN, _TOKENS = "qlora_dpo_plan", 64
 """Name of the attention that stands for ours in transformers' `AttentionInterface`, and tokens of a run."""
 

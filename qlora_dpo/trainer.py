@@ -63,7 +63,7 @@ from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
 from qlora_dpo.recompute import checkpoint_activations, keep_activations
-from qlora_dpo.record import read_record
+from qlora_dpo.record import evaluations_of, read_record
 from qlora_dpo.reference import (
     GIVEN,
     AverageReference,
@@ -305,10 +305,17 @@ class QLoRADPOTrainer(SavingTrainer):
         if not 0 < self.args.max_steps <= state.global_step:
             return None
         self._load_from_checkpoint(checkpoint)
+        end = Path(self.args.output_dir, TRAINER_STATE_NAME)  # which has the line of the whole training, too
+        if end.is_file() and (ended := TrainerState.load_from_json(str(end))).global_step == state.global_step:
+            state = ended
+        state.is_world_process_zero = self.is_world_process_zero()
+        state.is_local_process_zero = self.is_local_process_zero()
         self.state = state
+        self._judged_at[self._weights_step] = evaluations_of(checkpoint, self.args.output_dir)
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
-        return TrainOutput(state.global_step, 0.0, {})
+        metrics: dict[str, float] = next((line for line in reversed(state.log_history) if "train_runtime" in line), {})
+        return TrainOutput(state.global_step, metrics.get("train_loss", 0.0), metrics)
 
     def _memory(self) -> Remembered | None:
         """What the evaluations of a training remember of the reference; None of one that moves or that is on disk."""

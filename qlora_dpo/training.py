@@ -39,6 +39,7 @@ class StepTrainer(TrlNames, Trainer):
         self.forget_log()
         self._next: list[dict[str, Any]] = []
         self._step_tokens = 0
+        self._began_at: int | None = None
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is scaled here, by the number of pairs in the step
         alone = self.args.world_size == 1
@@ -141,7 +142,9 @@ class StepTrainer(TrlNames, Trainer):
     ) -> Tensor:
         """Forward and backward of a micro-batch; where memory runs out, the optimizer step again in smaller pieces."""
         if self._next and inputs is self._next[0]:
-            self.model.zero_grad()  # of micro-batches that no step took, as where a stream ends within one
+            if self._began_at == self.state.global_step:
+                self.model.zero_grad()  # of micro-batches that no step took, as where a stream ends within one
+            self._began_at = self.state.global_step
             self._begin(self._next)
             self._next = []
             self._rescue.run(self._score_coupled)

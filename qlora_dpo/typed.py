@@ -2,13 +2,16 @@
 
 import functools
 import numbers
+import os
 import types
 from collections.abc import Collection
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a dict", list: "a list"}
-_STAND_FOR = {int: numbers.Integral, float: numbers.Real}
-"""Whose instances are taken for those of a type: numpy's numbers are numbers too."""
+_STAND_FOR: dict[type, Any] = {bool: (bool, np.bool_), int: numbers.Integral, float: numbers.Real}
+"""Whose instances are taken for those of a type: numpy's are too."""
 
 
 @functools.cache
@@ -30,8 +33,8 @@ def may_be_none(declared_by: type, name: str) -> bool:
     return types.NoneType in _types(declared_by)[name]
 
 
-def read_numbers(instance: Any, declared_by: type, but: Collection[str]) -> None:
-    """Make numbers and None of the text that YAML and command lines leave in fields of such types (`5e-6`, `null`).
+def read_plainly(instance: Any, declared_by: type, but: Collection[str]) -> None:
+    """Make numbers and None of the text that YAML and command lines leave for them (`5e-6`, `null`), and text of paths.
 
     Args:
         instance: Whose fields are set.
@@ -39,9 +42,13 @@ def read_numbers(instance: Any, declared_by: type, but: Collection[str]) -> None
         but: Fields to leave alone.
     """
     for name, kinds in _types(declared_by).items():
-        text = getattr(instance, name)
-        if name not in but and isinstance(text, str) and kinds & {int, float}:
-            setattr(instance, name, _number(text, kinds))
+        given = getattr(instance, name)
+        if name in but:
+            continue
+        if isinstance(given, str) and kinds & {int, float}:
+            setattr(instance, name, _number(given, kinds))
+        elif isinstance(given, os.PathLike) and str in kinds:
+            setattr(instance, name, os.fspath(given))
 
 
 def _number(text: str, kinds: set[type]) -> Any:

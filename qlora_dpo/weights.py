@@ -54,6 +54,38 @@ def fit_vocabulary(base: PreTrainedModel, source: str) -> dict[str, Tensor]:
     Raises:
         ValueError: If the adapter's file is cut off, or holds only one of the two.
     """
+    modules, found = _resized_rows(base, source)
+    if not found:
+        return found
+    tokens, now = len(next(iter(found.values()))), base.get_input_embeddings().weight.shape[0]
+    if sum(name.endswith(".weight") for name in found) < len({module.weight for module in modules.values()}):
+        raise ValueError(
+            f"The base of the adapter {source} must have {tokens} tokens, got {now}, and the adapter holds only one of "
+            "its embeddings and head. Save the base as it was resized with save_pretrained, and name that folder."
+        )
+    base.resize_token_embeddings(tokens, mean_resizing=False)
+    for name, rows in found.items():
+        base.get_parameter(name).data.copy_(rows)
+    return found
+
+
+def require_same_vocabulary(base: PreTrainedModel, source: str) -> None:
+    """Refuse a saved adapter of a base with another vocabulary, beside those of a base that stays as it is.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    _, found = _resized_rows(base, source)
+    if found:
+        tokens, now = len(next(iter(found.values()))), base.get_input_embeddings().weight.shape[0]
+        raise ValueError(
+            f"The adapter {source} must be of the policy's base, got one of a base with {tokens} tokens for {now}. "
+            "Name one that was trained on the same base."
+        )
+
+
+def _resized_rows(base: PreTrainedModel, source: str) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """Embeddings and head of a base by path, and what an adapter's file holds of them in another number of rows."""
     both = _vocabulary(base)
     modules = {name: module for name, module in base.named_modules() if module in both}
     found: dict[str, Tensor] = {}
@@ -69,18 +101,7 @@ def fit_vocabulary(base: PreTrainedModel, source: str) -> dict[str, Tensor]:
             found |= {
                 f"{name}.{leaf}": file.get_tensor(stem + leaf) for leaf in ("weight", "bias") if stem + leaf in known
             }
-    if not found:
-        return found
-    tokens, now = len(next(iter(found.values()))), base.get_input_embeddings().weight.shape[0]
-    if sum(name.endswith(".weight") for name in found) < len({module.weight for module in modules.values()}):
-        raise ValueError(
-            f"The base of the adapter {source} must have {tokens} tokens, got {now}, and the adapter holds only one of "
-            "its embeddings and head. Save the base as it was resized with save_pretrained, and name that folder."
-        )
-    base.resize_token_embeddings(tokens, mean_resizing=False)
-    for name, rows in found.items():
-        base.get_parameter(name).data.copy_(rows)
-    return found
+    return modules, found
 
 
 def _vocabulary(base: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -122,11 +143,21 @@ def _require_saved_vocabulary(policy: PeftModel, name: str) -> None:
         held = get_peft_model_state_dict(policy, adapter_name=name)
     both = _vocabulary(base)
     paths = [path for path, module in base.named_modules() if module in both]
+    if any(_holds(below, paths) for below in getattr(policy, "adapter_sources", {}).values()):
+        return  # the base is resized again from there
     if not all(any(f"base_model.model.{path}.{leaf}" in held for leaf in _BASE_ROWS) for path in paths):
         raise ValueError(
             f"A base whose vocabulary was changed must be saved before it is trained on, got {now} tokens in memory "
             f"and {stored} in {source}. Save it with save_pretrained, and name that folder."
         )
+
+
+def _holds(source: str, paths: Sequence[str]) -> bool:
+    """Whether the file of a saved adapter holds the base's own rows of embeddings and head."""
+    path = Path(local_adapter(source), SAFETENSORS_WEIGHTS_NAME)
+    with _whole_file(source), safe_open(path, framework="pt") as file:
+        known = set(file.keys())
+    return all(any(f"base_model.model.{one}.{leaf}" in known for leaf in _BASE_ROWS) for one in paths)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from qlora_dpo.__main__ import COMMANDS, main
 from qlora_dpo.cli import RUNS, DataArguments, ModelArguments, parse
 from qlora_dpo.config import EVALUATION_FIELDS
 from qlora_dpo.model import load_base
+from qlora_dpo.resuming import frozen_weights
 
 from tiny_chat import CHAT_ROWS, build_chat_tokenizer, build_tiny_llama, ranked_row
 
@@ -140,6 +141,42 @@ def test_a_base_that_was_changed_in_memory_is_said(base_folder, rows_file, token
     assert len(said) == 3 * changed
 
 
+def test_what_a_model_computes_anew_is_no_weight_of_its_base(base_folder):
+    """Buffers of rotary embeddings change as some models run, and where they are cast."""
+    policy = load_policy(base_folder)
+    before = {name: tensor.clone() for name, tensor in frozen_weights(policy).items()}
+    policy.get_base_model().model.rotary_emb.inv_freq.mul_(2)
+    assert not any("inv_freq" in name for name in before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen_weights(policy).items())
+
+
+def test_a_training_that_is_done_and_runs_again_changes_nothing(base_folder, rows_file, tmp_path):
+    run = tmp_path / "run"
+    words = [*train_words(base_folder, rows_file, run), "--save_steps", "1"]
+    words[words.index("--save_strategy") + 1] = "steps"
+    assert main(words) == 0
+    record, metrics = (json.loads((run / name).read_text()) for name in ("qlora_dpo.json", "metrics.json"))
+    weights = (run / "adapter_model.safetensors").read_bytes()
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 0
+    assert (run / "adapter_model.safetensors").read_bytes() == weights
+    again = json.loads((run / "metrics.json").read_text())
+    assert again["train"]["train_loss"] == metrics["train"]["train_loss"]
+    assert again["before"] == metrics["before"]
+    assert json.loads((run / "qlora_dpo.json").read_text())["evaluations"] == record["evaluations"] != {}
+    assert any("train_runtime" in line for line in json.loads((run / "trainer_state.json").read_text())["log_history"])
+
+
+def test_an_evaluation_has_its_reference_in_as_many_bits_as_the_training(base_folder, rows_file, tmp_path):
+    words = [*train_words(base_folder, rows_file, tmp_path / "run"), "--reference", base_folder]
+    assert main([*words, "--reference_in_4bit", "false"]) == 0
+    trained = json.loads((tmp_path / "run" / "metrics.json").read_text())["after"]
+    for more in ([], ["--reference_in_4bit", "false"]):
+        asked = ["evaluate", "--adapter", str(tmp_path / "run"), "--dataset_name", rows_file, *QUIET, *more]
+        assert main([*asked, "--dataset_test_split", "train[8:]", "--output_dir", str(tmp_path / "eval")]) == 0
+        found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+        assert found["eval_rewards/margins"] == pytest.approx(trained["eval_rewards/margins"], rel=1e-6)
+
+
 def test_json_on_stdout_is_nothing_else(base_folder, rows_file, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(train_words(base_folder, rows_file, run)) == 0
@@ -172,7 +209,7 @@ def test_json_on_stdout_is_nothing_else(base_folder, rows_file, tmp_path, capsys
         (["--bnb_4bit_quant_type", "int4"], "`bnb_4bit_quant_type` must be one of ['nf4', 'fp4'], got int4"),
         (["--model_init_kwargs", "[1]"], "`model_init_kwargs` must be a dict, or one as JSON, got '[1]'"),
         (["--model_init_kwargs", '{"quantization_config": null}'], "must be without `quantization_config` at the"),
-        (["--attn_implementation", "flash_attention_2"], "flash"),
+        (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
     ],
 )
 def test_a_mistake_in_what_is_loaded_is_one_line(base_folder, rows_file, tmp_path, capsys, more, said):

@@ -164,3 +164,8 @@ def test_a_config_comes_back_from_its_dict(tmp_path):
     found = config.to_dict()
     again = QLoRADPOConfig(**{f.name: found[f.name] for f in dataclasses.fields(config) if f.init and f.name in found})
     assert again.to_dict() == found
+
+
+def test_a_path_may_be_a_path_and_a_truth_value_numpys(tmp_path):
+    args = make(tmp_path, precompute_ref_log_probs=np.True_, reference_cache=tmp_path / "cache")
+    assert args.reference_cache == str(tmp_path / "cache")

@@ -378,3 +378,11 @@ def test_report_counts_pairs_of_equal_sides(tokenizer):
     assert kept[0]["pairs"] == [[0, 1], [0, 2], [0, 1], [1, 2], [2, 1]]  # each that was given counts
     assert (report.pairs, report.lost_pairs) == (5, 1)
     assert "left out 1 pairs whose sides are the same" in str(report)
+
+
+def test_an_answer_of_a_tool_may_be_what_the_template_takes():
+    """Some templates write a mapping as JSON: what it holds is theirs."""
+    tokenizer = build_chat_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] | string }} {% endfor %}"
+    row = {"prompt": [{"role": "tool", "content": {"cat": 3}}], "chosen": [{"role": "assistant", "content": "ok"}]}
+    assert tokenized(tokenizer, row | {"rejected": [{"role": "assistant", "content": "no"}]})["dropped"] == ""

@@ -1,5 +1,6 @@
 """Rows from files: read as they were written, and faults named with their place."""
 
+import codecs
 import json
 import re
 
@@ -113,3 +114,25 @@ def test_a_text_among_messages_of_a_csv_file_is_named(tmp_path):
     ]
     with pytest.raises(ValueError, match="`prompt` must be JSON where it is text, got 'a'"):
         csv_rows(tmp_path / "rows.csv", rows)
+
+
+def test_a_date_in_one_column_leaves_the_others_as_they_are(tmp_path):
+    """Also those that the first row lacks, a mark at the beginning of the file, and every row of `all`."""
+    rows = [
+        {"prompt": "When?", "chosen": f"2024-05-0{i + 1}", "rejected": "never", "timestamp_text": "x"} for i in range(3)
+    ]
+    rows[1] |= {"weights": 0.5, "subset": "dates"}
+    path = tmp_path / "rows.json"
+    path.write_bytes(codecs.BOM_UTF8 + json.dumps(rows).encode())
+    for split in ("train", "all"):
+        found = load_rows(str(path), split)
+        assert found["chosen"] == ["2024-05-01", "2024-05-02", "2024-05-03"]
+        assert (found["weights"], found["subset"]) == ([None, 0.5, None], [None, "dates", None])
+
+
+def test_no_number_in_a_csv_file_may_be_written_as_other_programs_do(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,chosen,rejected,weights,offsets\na,NA,c,0.5,1\na,b,c,NA,NaN\n")
+    parsed = [parse_row(row) for row in load_rows(str(path))]
+    assert parsed[0].completions == ["NA", "c"]
+    assert [one.pair_values for one in parsed] == [{"weights": [0.5], "offsets": [1.0]}, {}]

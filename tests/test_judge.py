@@ -183,3 +183,14 @@ def test_an_adapter_is_judged_as_it_was_trained(base_folder, tokenizer, make_arg
     assert report.beta == own.beta == 0.7
     assert report.pairs == own.pairs
     assert report.margin.mean == pytest.approx(own.margin.mean, rel=1e-5)
+
+
+def test_a_report_has_the_strength_that_the_trainer_has_now(tokenizer, make_args):
+    trainer, _ = evaluated(tokenizer, make_args(reference="base", beta=0.1), CHAT_ROWS)
+    before = judged(trainer, "rows")
+    trainer.beta = 0.5
+    trainer.evaluate()
+    after = judged(trainer, "rows")
+    assert (before.beta, after.beta) == (0.1, 0.5)
+    assert after.margin.mean == pytest.approx(5 * before.margin.mean, rel=1e-5)
+    assert after.reference_accuracy == before.reference_accuracy

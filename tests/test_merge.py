@@ -16,7 +16,9 @@ from huggingface_hub import ModelCard
 from peft import (
     AdaLoraConfig,
     BOFTConfig,
+    C3AConfig,
     FourierFTConfig,
+    GraloraConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
@@ -27,7 +29,11 @@ from peft import (
     OFTConfig,
     PromptTuningConfig,
     RandLoraConfig,
+    RoadConfig,
+    ShiraConfig,
+    TrainableTokensConfig,
     VeraConfig,
+    WaveFTConfig,
     get_peft_model,
 )
 from peft.tuners.lora import Linear as LoraLinear
@@ -45,7 +51,7 @@ from transformers import (
 from qlora_dpo import QLoRADPOConfig, load_policy, merge_adapter
 from qlora_dpo.__main__ import main
 from qlora_dpo.files import load_rows
-from qlora_dpo.fold import BaseWeights, _quantized_and_back
+from qlora_dpo.fold import BaseWeights, _policy_skeleton, _quantized_and_back, skeleton
 from qlora_dpo.model import default_lora, load_base
 from qlora_dpo.record import record_of, write_record
 from qlora_dpo.reference import make_reference
@@ -197,6 +203,12 @@ SIXTEEN_BIT_KINDS = OTHER_KINDS | {
     "boft": ("llama", BOFTConfig(boft_block_size=4, target_modules=["q_proj"])),
     "hra": ("llama", HRAConfig(r=4, target_modules=["q_proj"])),
     "fourierft": ("llama", FourierFTConfig(n_frequency=10, target_modules=["q_proj"])),
+    "trainable tokens": ("llama", TrainableTokensConfig(token_indices=[4, 9], target_modules=["embed_tokens"])),
+    "c3a": ("llama", C3AConfig(block_size=8, target_modules=["q_proj"])),
+    "miss": ("llama", MissConfig(target_modules=["q_proj"])),
+    "waveft": ("llama", WaveFTConfig(n_frequency=10, target_modules=["q_proj"])),
+    "gralora": ("llama", GraloraConfig(target_modules=["q_proj"])),
+    "road": ("llama", RoadConfig(target_modules=["q_proj"])),
 }
 PARTED = {"tied, embeddings", "tied, head", "tied, whole embeddings", "tied, whole head"}
 
@@ -604,7 +616,7 @@ def with_config(adapter, folder, config):
         (AdaLoraConfig(task_type="CAUSAL_LM", total_step=10), "got AdaLoRA"),
         (lora(init_lora_weights="pissa"), "must leave the base as it is, got init_lora_weights='pissa'"),
         (lora(layer_replication=[[0, 2], [0, 2]]), "`layer_replication` must be unset to merge, got"),
-        (MissConfig(task_type="CAUSAL_LM", r=2), "must be of a kind whose merge is tested .LORA, .*, got MISS"),
+        (ShiraConfig(task_type="CAUSAL_LM", r=2), "must be of a kind whose merge is tested .LORA, .*, got SHIRA"),
     ],
 )
 def test_kinds_that_are_no_change_of_weights_are_refused(config, message, adapter, tmp_path):
@@ -933,3 +945,16 @@ def test_a_pytorch_built_for_a_device_that_is_not_there_quantises_on_the_cpu(mon
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
     weight, layer = torch.randn(64, 64), Linear4bit(64, 64, bias=False, device="meta")
     assert (_quantized_and_back(weight, layer) - weight).abs().max() < weight.abs().max() / 2
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_buffers_of_a_module_that_is_saved_whole_are_the_bases(name, tmp_path, tokenizer):
+    """Gemma scales its embeddings by a buffer that no file holds."""
+    folder, adapter = tmp_path / "base", tmp_path / "adapter"
+    build_tiny(name).save_pretrained(folder)
+    policy = load_policy(str(folder), peft_config=lora(modules_to_save=["embed_tokens"]), quantize=False)
+    with torch.no_grad():
+        policy.get_input_embeddings().modules_to_save["default"].weight.mul_(1.1)
+    policy.save_pretrained(adapter)
+    loaded = _policy_skeleton(skeleton(policy.config), [str(adapter)]).get_input_embeddings()
+    assert torch.equal(loaded.modules_to_save["folded_0"].weight, policy.get_input_embeddings().weight.float())

@@ -1,5 +1,6 @@
 """Every accepted row form, and a clear error for every other."""
 
+from datetime import date
 from decimal import Decimal
 
 import pytest
@@ -113,7 +114,10 @@ def test_all_equal_scores_make_no_pair_at_all(strategy):
         ({"prompt": "p", "chosen": [YES], "rejected": [NO]}, "all be text or all be messages"),
         ({"prompt": "p", "completions": ["a", "b"], "pairs": [0, 1]}, "below 2, the number of completions, got 0"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "text or a list of messages"),
-        ({"prompt": "p", "chosen": [YES | {"content": 3}], "rejected": [NO]}, "must be text, parts or null, got int"),
+        (
+            {"prompt": "p", "chosen": [YES | {"content": date(2024, 5, 1)}], "rejected": [NO]},
+            "must be text or parts, got date",
+        ),
     ],
 )
 def test_bad_rows_are_refused(row, message):

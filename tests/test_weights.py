@@ -12,7 +12,7 @@ from test_merge import error, four_bit, logits, merged, moved, saved, trained
 
 from qlora_dpo import load_policy
 from qlora_dpo.__main__ import main
-from qlora_dpo.model import attach_adapter, load_base
+from qlora_dpo.model import add_saved_adapter, attach_adapter, load_base
 from qlora_dpo.offload import has_embeddings_on_cpu
 from qlora_dpo.weights import require_saved_vocabulary
 
@@ -180,3 +180,18 @@ def test_a_base_that_is_saved_as_it_was_resized_needs_nothing(base_folder, tmp_p
     require_saved_vocabulary(policy)
     _, model = merged(adapter, tmp_path / "merged")
     assert error(logits(model), logits(policy)) < 2e-5
+
+
+def test_a_reference_of_a_base_with_another_vocabulary_is_refused(base_folder, tmp_path):
+    """Its rows would be left out, and the reference be another one."""
+    resized(base_folder, HELD[next(iter(HELD))], tmp_path / "adapter")
+    policy = load_policy(base_folder, peft_config=lora())
+    with pytest.raises(ValueError, match="must be of the policy's base, got one of a base with"):
+        add_saved_adapter(policy, str(tmp_path / "adapter"), "reference")
+
+
+def test_a_head_may_be_adapted_on_top_of_an_adapter_that_holds_the_rows(base_folder, tmp_path):
+    resized(base_folder, HELD[next(iter(HELD))], tmp_path / "adapter")
+    require_saved_vocabulary(
+        load_policy(base_folder, adapter=str(tmp_path / "adapter"), peft_config=lora(target_modules=["lm_head"]))
+    )
