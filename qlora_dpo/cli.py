@@ -56,6 +56,7 @@ from qlora_dpo.trainer import QLoRADPOTrainer
 
 SOURCE = "source_sha256"
 """Key of an evaluation's metrics that tells its data from others of the same name."""
+AS_RECORDED = "as recorded"
 TRAINING_ONLY = {f.name for f in fields(QLoRADPOConfig)}.difference(EVALUATION_FIELDS)
 
 
@@ -193,9 +194,11 @@ def evaluate(words: Sequence[str]) -> None:
     """`qlora-dpo evaluate`: a saved adapter, as its record says."""
     classes, program = (EvaluationArguments, QLoRADPOConfig), "qlora-dpo evaluate"
     # The adapter's record sets the other defaults; the first look must not judge options by the library's own.
-    asked = parse(classes, words, program, {"reference": "as recorded"}, TRAINING_ONLY)[0]
+    asked, own = parse(classes, words, program, {"reference": AS_RECORDED}, TRAINING_ONLY)
     adapter, record = asked.adapter, read_record(asked.adapter)
     defaults = recorded_options(record, given=False) | {"output_dir": _evaluation_folder(asked)}
+    if own.reference != AS_RECORDED:
+        defaults.pop("reference_in_4bit", None)  # which is of the recorded one
     chosen, args = parse(classes, words, program, defaults, TRAINING_ONLY)
     rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
     if chosen.benchmark not in (None, "rewardbench"):

@@ -175,6 +175,7 @@ def test_an_evaluation_has_its_reference_in_as_many_bits_as_the_training(base_fo
         assert main([*asked, "--dataset_test_split", "train[8:]", "--output_dir", str(tmp_path / "eval")]) == 0
         found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
         assert found["eval_rewards/margins"] == pytest.approx(trained["eval_rewards/margins"], rel=1e-6)
+    assert main([*asked[: -len(more)], "--reference", "base"]) == 0  # which is in as many bits as the policy
 
 
 def test_json_on_stdout_is_nothing_else(base_folder, rows_file, tmp_path, capsys):

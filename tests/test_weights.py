@@ -159,14 +159,23 @@ def test_rows_that_no_file_holds_are_missed_before_training_and_when_loaded(targ
         load_policy(base_folder, adapter=adapter)
 
 
+def refused(policy):
+    """Whether training on a policy's base is refused for its vocabulary."""
+    try:
+        require_saved_vocabulary(policy)
+    except ValueError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("kind", HELD)
 def test_rows_that_the_file_will_hold_may_be_trained_on(kind, base_folder, tmp_path):
-    require_saved_vocabulary(resized(base_folder, HELD[kind], tmp_path / "adapter")[0])
+    assert not refused(resized(base_folder, HELD[kind], tmp_path / "adapter")[0])
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["lm_head", "embed_tokens"]], ids=str)
 def test_a_base_as_it_is_saved_may_be_trained_on(targets, base_folder):
-    require_saved_vocabulary(load_policy(base_folder, peft_config=lora(target_modules=targets)))
+    assert not refused(load_policy(base_folder, peft_config=lora(target_modules=targets)))
 
 
 def test_a_base_that_is_saved_as_it_was_resized_needs_nothing(base_folder, tmp_path):
@@ -192,6 +201,5 @@ def test_a_reference_of_a_base_with_another_vocabulary_is_refused(base_folder, t
 
 def test_a_head_may_be_adapted_on_top_of_an_adapter_that_holds_the_rows(base_folder, tmp_path):
     resized(base_folder, HELD[next(iter(HELD))], tmp_path / "adapter")
-    require_saved_vocabulary(
-        load_policy(base_folder, adapter=str(tmp_path / "adapter"), peft_config=lora(target_modules=["lm_head"]))
-    )
+    above = lora(target_modules=["lm_head"])
+    assert not refused(load_policy(base_folder, adapter=str(tmp_path / "adapter"), peft_config=above))
