@@ -4,6 +4,7 @@ They are 360 units wide, so that their text is as large as the page's on a phone
 their values by mode. Every text from a run passes `escaped`, the only way into a chart or a page.
 """
 
+import functools
 import html
 import math
 import re
@@ -165,6 +166,22 @@ class Chart:
         )
         background, scale = COLOURS["light"]["card"], 3
         return bytes(svg_to_bytes(svg_string=picture, style_sheet=style, background=background, zoom=scale))
+
+
+@functools.cache
+def draws_words() -> bool:
+    """Whether pictures have their words: where no font is installed they are left out without an error.
+
+    Raises:
+        ImportError: Without the package `resvg_py`, the extra `report`.
+    """
+    from resvg_py import svg_to_bytes
+
+    picture = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20"><text y="15" font-family="{}">{}</text></svg>'
+    )
+    without, word = (bytes(svg_to_bytes(svg_string=picture.format(_FONTS, text))) for text in ("", "W"))
+    return without != word
 
 
 def line_chart(title: str, lines: Sequence[Line]) -> Chart:

@@ -23,6 +23,7 @@ from qlora_dpo.charts import (
     Chart,
     Line,
     drawable,
+    draws_words,
     escaped,
     histogram,
     intervals,
@@ -138,6 +139,8 @@ def write_pictures(folder: Path, charts: Sequence[Chart]) -> list[str]:
     for chart in charts:
         folder.mkdir(exist_ok=True)
         (folder / picture_name(chart.title)).write_bytes(chart.png())
+    if charts and not draws_words():
+        return ["Words in the charts as PNG: install a font (such as DejaVu Sans) and write the report again."]
     return []
 
 

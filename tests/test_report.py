@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from qlora_dpo.charts import Line, histogram, line_chart
+from qlora_dpo.charts import Line, draws_words, histogram, line_chart
 from qlora_dpo.measures import Pairs, preference_report
-from qlora_dpo.report import write_report
+from qlora_dpo.report import write_pictures, write_report
 
 EVIL = 'x</details></div><script>alert("1")</script>&amp;\x00\ud800'
 VOID = {"meta", "br"}
@@ -355,7 +355,17 @@ def test_what_was_trained_leaves_out_what_only_serves_a_resume(run):
 def test_the_words_of_a_picture_are_drawn():
     """A family that the renderer does not know is no text at all, and no error."""
     pytest.importorskip("resvg_py")
+    if not draws_words():
+        pytest.skip("no font is installed")
     chart = line_chart("Loss", [Line("train", [(1, 2.0), (2, 1.0)], 0, 0)])
     without_numbers = re.sub(r"<text.*?</text>", "", chart.drawing)
     for less in (replace(chart, title=""), replace(chart, drawing=without_numbers)):
         assert less.png() != chart.png()
+
+
+def test_pictures_without_words_are_said(tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    monkeypatch.setattr("qlora_dpo.report.draws_words", lambda: False)
+    (note,) = write_pictures(tmp_path / "charts", [line_chart("Loss", [Line("train", [(1, 2.0)], 0, 0)])])
+    assert "install a font" in note
+    assert (tmp_path / "charts" / "loss.png").is_file()
