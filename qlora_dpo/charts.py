@@ -180,8 +180,8 @@ def draws_words() -> bool:
     picture = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20"><text y="15" font-family="{}">{}</text></svg>'
     )
-    without, word = (bytes(svg_to_bytes(svg_string=picture.format(_FONTS, text))) for text in ("", "W"))
-    return without != word
+    without, within = (bytes(svg_to_bytes(svg_string=picture.format(_FONTS, word))) for word in ("", "W"))
+    return without != within
 
 
 def line_chart(title: str, lines: Sequence[Line]) -> Chart:

@@ -18,6 +18,12 @@ EVIL = 'x</details></div><script>alert("1")</script>&amp;\x00\ud800'
 VOID = {"meta", "br"}
 
 
+@pytest.fixture(autouse=True)
+def _a_font(monkeypatch):
+    """Reports are of runs, not of the fonts of the machine."""
+    monkeypatch.setattr("qlora_dpo.report.draws_words", lambda: True)
+
+
 def history(steps=5):
     lines = []
     for step in range(steps):
