@@ -4,6 +4,8 @@ Every context manager here leaves weights, active adapters and each `requires_gr
 """
 
 import contextlib
+import copy
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -202,6 +204,24 @@ def text_prefix(model: PreTrainedModel) -> str:
     return prefix if any(not name.startswith(prefix) for name in linears) else ""
 
 
+def without_unfit_layers(config: PeftConfig, base: PreTrainedModel) -> PeftConfig:
+    """A config whose `all-linear` leaves out layers that must not be adapted, unless it names some to leave out itself.
+
+    Towers for images, which no text goes through: their adapters would be saved as they began, and processes would wait
+    for their gradients. Routers that are linear layers by their class but return a tuple, which PEFT cannot add to.
+    """
+    if getattr(config, "target_modules", None) != "all-linear" or config.exclude_modules is not None:
+        return config
+    prefix = text_prefix(base)
+    named = ((name, module) for name, module in base.named_modules() if isinstance(module, nn.Linear))
+    routers = {name.rpartition(".")[2] for name, module in named if "Router" in type(module).__name__}
+    patterns = [rf"(?!{re.escape(prefix)}).*"] if prefix else []
+    patterns += [rf".*\.{re.escape(name)}" for name in sorted(routers)]
+    config = copy.copy(config)
+    config.exclude_modules = "|".join(patterns) or None
+    return config
+
+
 def changes_base(policy: PeftModel) -> str | None:
     """Why the model with its adapters disabled is not the base that it was, or will not stay it; None if it is."""
     for name in policy.active_adapters:
@@ -276,7 +296,7 @@ def stack_adapter(policy: PeftModel, peft_config: PeftConfig) -> str:
             "it into its base first."
         )
     peft_config.base_model_name_or_path, peft_config.revision = lower.base_model_name_or_path, lower.revision
-    policy.add_adapter(name, peft_config)
+    policy.add_adapter(name, without_unfit_layers(peft_config, policy.get_base_model()))
     policy.base_model.set_adapter([*below, name])
     mine = adapter_weights(policy, [name])
     for other, parameter in policy.named_parameters():

@@ -53,7 +53,8 @@ def install_scoring(model: PreTrainedModel) -> None:
         with attention_backend(config, BACKEND if "segments" in named else config._attn_implementation):
             recompute_with_same_attention(self, config)
             router = {"output_router_logits": True} if ROUTER_LOSS in score["statistics"] else {}
-            outputs = self.base_model(*args, use_cache=False, **named, **router)
+            body = self.model if self.base_model is self else self.base_model  # Llama 4 names a prefix it does not have
+            outputs = body(*args, use_cache=False, **named, **router)
         rows = outputs.last_hidden_state.flatten(0, 1)[score["predictors"]]
         statistics = [name for name in score["statistics"] if name not in (ROUTER_LOSS, ROWS)]
         head = self.get_output_embeddings()

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,9 @@ from qlora_dpo.adapters import (
     free_name,
     loading_changes_base,
     stack_adapter,
-    text_prefix,
     train_in_fp32,
     trained_adapters,
+    without_unfit_layers,
 )
 from qlora_dpo.config import best_precision
 from qlora_dpo.offload import keep_embeddings_on_cpu, require_frozen_embeddings
@@ -179,19 +178,14 @@ def attach_adapter(
 ) -> PeftModel:
     """A new adapter on a base; its weights in fp32 whatever the base's dtype.
 
-    `revision` is that of the base, which the adapter's config keeps. `all-linear` leaves out towers for images, which
-    no text goes through: their adapters would be saved as they began, and processes would wait for their gradients.
+    `revision` is that of the base, which the adapter's config keeps.
 
     Raises:
         ValueError: If the model has an adapter already.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("The model must have no adapter yet, got one that transformers loaded. Load the base alone.")
-    config = peft_config or default_lora()
-    prefix = text_prefix(model) if getattr(config, "target_modules", None) == "all-linear" else ""
-    if prefix and config.exclude_modules is None:
-        config = copy.copy(config)
-        config.exclude_modules = rf"(?!{re.escape(prefix)}).*"
+    config = without_unfit_layers(peft_config or default_lora(), model)
     policy = get_peft_model(model, config, revision=revision)
     train_in_fp32(policy)
     return policy

@@ -11,7 +11,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig, PhimoeConfig
 
 from qlora_dpo import load_policy
 from qlora_dpo.adapters import frozen_adapters, is_fresh, trained_adapters
@@ -66,6 +66,36 @@ def test_adapter_is_lora_of_rank_16_in_fp32_on_all_linear_layers_but_the_head(po
     assert all("lora_" in name and p.dtype is torch.float32 for name, p in trainable.items())
     assert all(p.shape[0] == 16 for n, p in trainable.items() if "lora_A" in n)
     assert is_fresh(policy)
+
+
+SMALL = {
+    "vocab_size": 29,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PhimoeConfig(**SMALL), Llama4TextConfig(intermediate_size_mlp=64, head_dim=16, **SMALL)],
+    ids=["phimoe", "llama4"],
+)
+def test_routers_that_are_linear_layers_by_their_class_are_not_adapted(config, tmp_path):
+    """They return a tuple, to which PEFT's LoRA cannot add."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), gradient_checkpointing=False)
+    adapted = {name.rpartition(".")[2] for name, module in policy.named_modules() if hasattr(module, "lora_A")}
+    assert adapted >= {"q_proj", "o_proj"}
+    assert "router" not in adapted
+    install_scoring(policy.get_base_model())
+    assert gradient(policy, "padded").norm() > 0
 
 
 def test_checkpointing_works_with_frozen_embeddings(base_folder):
