@@ -204,6 +204,12 @@ def text_prefix(model: PreTrainedModel) -> str:
     return prefix if any(not name.startswith(prefix) for name in linears) else ""
 
 
+def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights of experts in one tensor, by name, which neither bitsandbytes quantises nor PEFT adapts as a layer."""
+    named = model.named_parameters()
+    return {name: weight for name, weight in named if weight.dim() > 2 and "experts" in name}
+
+
 def without_unfit_layers(config: PeftConfig, base: PreTrainedModel) -> PeftConfig:
     """A config whose `all-linear` leaves out layers that must not be adapted, unless it names some to leave out itself.
 

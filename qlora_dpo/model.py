@@ -29,11 +29,13 @@ from qlora_dpo.adapters import (
     free_name,
     loading_changes_base,
     stack_adapter,
+    stacked_experts,
     train_in_fp32,
     trained_adapters,
     without_unfit_layers,
 )
 from qlora_dpo.config import best_precision
+from qlora_dpo.errors import memory_said
 from qlora_dpo.offload import keep_embeddings_on_cpu, require_frozen_embeddings
 from qlora_dpo.origins import base_commit
 from qlora_dpo.paths import (
@@ -125,6 +127,7 @@ def load_base(
     Raises:
         ValueError: For a quantisation beside `quantize=False`; for a 4-bit head, or embeddings in CPU memory, where the
             head is the embeddings.
+        OutOfMemoryError: If it does not fit.
     """
     if not quantize and quantization_config is not None:
         raise ValueError("`quantize` must be True with a `quantization_config`, got False and one. Drop one of them.")
@@ -139,11 +142,13 @@ def load_base(
     kwargs.setdefault("dtype", compute_dtype())
     kwargs.setdefault("device_map", device_map())
     name, kwargs = with_revision(model_id, kwargs)
-    with at_revision("model", name, kwargs.get("revision")):
+    with at_revision("model", name, kwargs.get("revision")), memory_said(*_AT_LOADING):
         model = AutoModelForCausalLM.from_pretrained(lasting(name), **kwargs)  # the adapter's config will name it
     model.config.use_cache = False
     model.commit = base_commit(name, kwargs.get("revision"))
     keep_one_arithmetic(model)
+    if quantize:
+        _warn_of_experts(model)
     head = model.get_output_embeddings()
     if hasattr(head, "compute_dtype") and head.weight is model.get_input_embeddings().weight:
         raise ValueError(
@@ -158,6 +163,24 @@ def load_base(
     if embeddings_on_cpu:
         keep_embeddings_on_cpu(model)
     return model
+
+
+_AT_LOADING = (
+    "while the base was loaded",
+    "Free the device's memory, or name a smaller base; `qlora-dpo plan` says what fits before anything is downloaded.",
+)
+
+
+def _warn_of_experts(model: PreTrainedModel) -> None:
+    """Warn if most of a base that was to be in 4 bit is not."""
+    experts = sum(weight.nbytes for weight in stacked_experts(model).values())
+    whole = sum(weight.nbytes for weight in model.parameters())
+    if 2 * experts > whole:
+        warnings.warn(
+            f"A base in 4 bit should have no stacked experts, got {experts / 1e9:.3g} of its {whole / 1e9:.3g} GB in "
+            "such, which bitsandbytes leaves in 16 bit. Nothing is wrong but the size; a dense base is smaller.",
+            stacklevel=3,
+        )
 
 
 def _with_head(quantization: Any) -> BitsAndBytesConfig:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora_dpo.adapters import text_prefix
+from qlora_dpo.adapters import stacked_experts, text_prefix
 from qlora_dpo.attention import attention_backend
 from qlora_dpo.footprint import GATHERED, Attention, Case, Kept, Shape
 from qlora_dpo.lean import is_gated_mlp, norm_rule
@@ -228,9 +228,11 @@ def _decoder_layer(model: Any, name: str) -> nn.Module:
         for key, module in layer.named_modules():
             words = key.lower(), type(module).__name__.lower()
             if any("expert" in word for word in words) or words[1].endswith("moe"):
+                gigabytes = 2e-9 * sum(weight.numel() for weight in stacked_experts(model).values())
                 raise NotImplementedError(
-                    f"`model` must be without experts, got {name}: bitsandbytes leaves stacked experts in 16 bit, and "
-                    "which tokens they get is not known beforehand. Try a short run instead."
+                    f"`model` must be without experts, got {name}: bitsandbytes leaves stacked experts in 16 bit, here "
+                    f"{gigabytes:.3g} GB of weights, and which tokens they get is not known beforehand. Try a short "
+                    "run instead, where those fit."
                 )
             if isinstance(module, nn.Conv1d):
                 raise _unplanned("have layers of attention and an MLP alone", name, f"a convolution in {key}")

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, PhimoeConfig
 
 from qlora_dpo import load_policy
 from qlora_dpo.adapters import frozen_adapters, is_fresh, trained_adapters
+from qlora_dpo.errors import OutOfMemoryError
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
 from qlora_dpo.model import attach_adapter, default_quantization, keep_one_arithmetic, load_base, load_tokenizer
 
 from test_trainer import trainer_of
 from tiny_chat import build_tiny_llama
+from tiny_models import build
 
 GROUPS = [
     Group([9, 12, 14], [[10, 11, 8, 2], [13, 9, 2]], [(0, 1)]),
@@ -96,6 +98,25 @@ def test_routers_that_are_linear_layers_by_their_class_are_not_adapted(config, t
     assert "router" not in adapted
     install_scoring(policy.get_base_model())
     assert gradient(policy, "padded").norm() > 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_base_whose_experts_stay_in_16_bit_is_said(family, tmp_path):
+    build(family).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"should have no stacked experts, got [\d.e-]+ of its [\d.e-]+ GB in such"):
+        load_base(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_base(str(tmp_path), quantize=False)
+
+
+def test_memory_that_runs_out_while_a_base_is_loaded_is_said_with_the_way_out(base_folder, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", exhausted)
+    with pytest.raises(OutOfMemoryError, match=r"while the base was loaded, got: CUDA out of memory.*qlora-dpo plan"):
+        load_policy(base_folder)
 
 
 def test_checkpointing_works_with_frozen_embeddings(base_folder):
