@@ -26,14 +26,9 @@ from test_trainer import RANKED, KeepGradients, first_step, policy_of, trainer_o
 from tiny_chat import CHAT_ROWS, build_tiny_llama
 
 
-def refuses(kind, match, tokenizer, args, error=NotImplementedError):
-    with pytest.raises(error, match=match):
-        kind(
-            model=policy_of(tokenizer),
-            args=args,
-            train_dataset=Dataset.from_list(CHAT_ROWS),
-            processing_class=tokenizer,
-        )
+def built(kind, tokenizer, args):
+    rows = Dataset.from_list(CHAT_ROWS)
+    return kind(model=policy_of(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer)
 
 
 # ---- attributes ------------------------------------------------------------------------------------------------------
@@ -201,7 +196,9 @@ def test_what_cannot_be_replaced_on_a_trainer_says_so(tokenizer, make_args):
 )
 def test_an_override_that_would_have_no_effect_is_refused(tokenizer, make_args, name, way_out):
     mine = type("Mine", (QLoRADPOTrainer,), {name: lambda self, *args, **kwargs: None})
-    refuses(mine, rf"`{name}` must not be overridden, got Mine\.{name}: .*{way_out}", tokenizer, make_args())
+    said = rf"`{name}` must not be overridden, got Mine\.{name}: .*{way_out}"
+    with pytest.raises(NotImplementedError, match=said):
+        built(mine, tokenizer, make_args())
 
 
 def test_an_override_of_a_mixin_is_refused_too(tokenizer, make_args):
@@ -212,12 +209,14 @@ def test_an_override_of_a_mixin_is_refused_too(tokenizer, make_args):
     class Mine(Mixin, QLoRADPOTrainer):
         pass
 
-    refuses(Mine, "`compute_loss` must not be overridden, got Mine", tokenizer, make_args())
+    with pytest.raises(NotImplementedError, match="`compute_loss` must not be overridden, got Mine"):
+        built(Mine, tokenizer, make_args())
 
 
 def test_a_method_put_into_the_class_is_refused_too(tokenizer, make_args, monkeypatch):
     monkeypatch.setattr(QLoRADPOTrainer, "_prepare_dataset", lambda self, *args: None, raising=False)
-    refuses(QLoRADPOTrainer, "`_prepare_dataset` must not be overridden", tokenizer, make_args())
+    with pytest.raises(NotImplementedError, match="`_prepare_dataset` must not be overridden"):
+        built(QLoRADPOTrainer, tokenizer, make_args())
 
 
 def test_overrides_that_are_called_work(tokenizer, make_args):
