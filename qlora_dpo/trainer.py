@@ -437,7 +437,8 @@ class QLoRADPOTrainer(SavingTrainer):
         """As `Trainer.predict`: `predictions` are `(T,)` chosen and `(T,)` rejected rewards, `label_ids` the rows."""
         prepared = self.prepared(test_dataset, result_name(metric_key_prefix))
         self._prove()
-        return super().predict(prepared, ignore_keys, metric_key_prefix)
+        with self.not_training():
+            return super().predict(prepared, ignore_keys, metric_key_prefix)
 
     def prediction_step(
         self,

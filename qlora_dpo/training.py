@@ -64,9 +64,13 @@ class StepTrainer(TrlNames, Trainer):
 
     @contextlib.contextmanager
     def not_training(self) -> Iterator[None]:
-        """Leave the time of the block out of the speed that the log shows."""
+        """Leave the block out of the training: its time, of the speed that the log shows, and its random numbers.
+
+        Iterating over a data set draws one, so that dropout would fall in another way behind an evaluation.
+        """
         last_log, start = self._last_log, time.perf_counter()
-        yield
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            yield
         self._last_log = last_log + time.perf_counter() - start
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

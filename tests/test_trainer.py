@@ -334,6 +334,21 @@ def test_training_after_an_evaluation_is_the_same_training(base_folder, make_arg
     assert torch.equal(final(True), without)
 
 
+def test_an_evaluation_draws_none_of_the_training_s_random_numbers(tokenizer, make_args):
+    """To iterate over a data set draws one, after which dropout would fall in another way."""
+
+    def final(**options):
+        args = make_args(max_steps=3, learning_rate=1e-3, disable_dropout=False, **options)
+        trainer = trainer_of(tokenizer, args, eval_rows=RANKED[:3], policy=policy_of(tokenizer, lora_dropout=0.3))
+        if options:
+            trainer.evaluate()
+            trainer.predict(Dataset.from_list(RANKED[:2]))
+        trainer.train()
+        return weights(trainer)
+
+    assert torch.equal(final(eval_strategy="steps", eval_steps=1), final())
+
+
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
 
