@@ -107,7 +107,11 @@ def _planned(policy: PeftModel, args: Any, card: int, tokens: int, device: torch
 @functools.cache
 def _say_unplanned(reason: str) -> None:
     """Warn of it, once in a process for each reason."""
-    warnings.warn(f"`auto` sets no token budget and keeps no layers here, as there is no plan: {reason}", stacklevel=4)
+    warnings.warn(
+        "`auto` sets no token budget and keeps no layers here, where there is no plan. Set `max_tokens_per_forward` if "
+        f"memory runs out. The reason: {reason}",
+        stacklevel=4,
+    )
 
 
 def budget_for(policy: PeftModel, args: Any, device: torch.device, others: int = 0) -> int | None:

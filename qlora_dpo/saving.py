@@ -123,7 +123,8 @@ class SavingTrainer(StepTrainer):
             before, now = scheduler.get_last_lr()[0], rates[0]
             warnings.warn(
                 f"The schedule of the learning rate is for another number of steps (`max_steps`, `num_train_epochs`) "
-                f"than before the stop: it goes on with {now:.3g} instead of {before:.3g}.",
+                f"than before the stop: it goes on with {now:.3g} instead of {before:.3g}. Set them back to "
+                "keep the old one.",
                 stacklevel=2,
             )
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -168,7 +169,10 @@ class SavingTrainer(StepTrainer):
             ValueError: For a name of training data that there is not.
         """
         if given := [name for name, value in others.items() if value is not None]:
-            raise TypeError(f"`{given[0]}` must be left out: the card takes it from the run. Leave it out.")
+            name = given[0]
+            raise TypeError(
+                f"`{name}` must be None, got {others[name]!r}: the card takes it from the run. Leave it out."
+            )
         self._name_data(dataset_name)
         if self.is_world_process_zero():
             folder = self.args.output_dir

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from qlora_dpo import QLoRADPOConfig, plan_memory
+from qlora_dpo import QLoRADPOConfig, plan_memory, shapes
 from qlora_dpo.__main__ import main
 from qlora_dpo.cli import ModelArguments
 from qlora_dpo.footprint import OPTIMIZERS
@@ -261,6 +261,22 @@ UNPLANNED = {
         "must have a list of decoder layers to be planned, got bart",
     ),
 }
+
+
+def test_a_layer_without_an_mlp_is_refused():
+    with pytest.raises(
+        NotImplementedError, match=r"must have an MLP in a layer to be planned, got x with .*'attn.q'.* Try"
+    ):
+        shapes._mlp_sizes({"attn.q": (64, 64)}, 64, "x")
+
+
+def test_a_model_that_is_not_built_as_decoders_are_is_refused(monkeypatch):
+    monkeypatch.setattr(shapes, "_counted", lambda config, name: config.no_such_size)
+    config = transformers.LlamaConfig(**_TINY)
+    with pytest.raises(
+        NotImplementedError, match=r"must be built as transformers' decoders are .*'no_such_size'.* Try a"
+    ):
+        plan_memory(config)
 
 
 @pytest.mark.parametrize("name", UNPLANNED)

@@ -568,7 +568,9 @@ def test_a_longer_run_goes_on_by_its_own_schedule(tokenizer, make_args, tmp_path
 
     whole = rates("whole", 8)
     rates("short", 4)
-    with pytest.warns(UserWarning, match="for another number of steps .* goes on with 0.005 instead of 0"):
+    with pytest.warns(
+        UserWarning, match="for another number of steps .* goes on with 0.005 instead of 0. Set them back"
+    ):
         found = rates("short", 8, True)
     assert found[4:] == whole[4:]
     assert len(set(whole)) == 8
