@@ -1,5 +1,6 @@
 """The command line: options from flags and YAML, runs from end to end, and errors a person can act on."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -788,3 +789,26 @@ def test_a_recorded_base_that_cannot_be_found_is_named(base_folder, rows_file, t
         assert f"The base of the adapter {tmp_path / 'run'} must be" in shown
         assert f"got {base} from its qlora_dpo.json" in shown
         assert "write where it is as `base` into qlora_dpo.json" in shown
+
+
+def test_every_help_text_is_written_once():
+    texts = []
+    for path in Path(qlora_dpo.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Dict):
+                named = zip(node.keys, node.values, strict=True)
+                texts += [text for key, text in named if isinstance(key, ast.Constant) and key.value == "help"]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_help":
+                texts += node.args
+    written = [text.value for text in texts if isinstance(text, ast.Constant)]
+    assert len(written) > 100
+    assert sorted(written) == sorted(set(written))
+
+
+def test_options_that_mean_the_same_have_one_help_text():
+    shared = {f.name: f.metadata["help"] for f in dataclasses.fields(QLoRADPOConfig) if "help" in f.metadata}
+    found = {f.name: f.metadata["help"] for f in dataclasses.fields(cli.MemoryOptions)}
+    for name in ("gradient_checkpointing", "activation_offloading", "precompute_ref_log_probs", "logps_chunk_size"):
+        assert found[name] == shared[name]
+    for command in (cli.ScoreArguments, cli.MergeArguments):
+        assert command.__dataclass_fields__["trust_remote_code"].metadata["help"] == shared["trust_remote_code"]
