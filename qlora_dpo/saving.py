@@ -18,7 +18,14 @@ from qlora_dpo.arguments import (
     Preparation,
 )
 from qlora_dpo.card import save_card, write_card
-from qlora_dpo.checkpoints import checkpoint_folder, rotate, unmark, write_manifest
+from qlora_dpo.checkpoints import (
+    checkpoint_folder,
+    load_step_state,
+    rotate,
+    save_step_state,
+    unmark,
+    write_manifest,
+)
 from qlora_dpo.hub import make_repository, places, upload, upload_later
 from qlora_dpo.model import load_trained
 from qlora_dpo.record import AdapterRecord, read_record, record_of, write_record
@@ -26,7 +33,6 @@ from qlora_dpo.reference import (
     Reference,
 )
 from qlora_dpo.sampling import replaced
-from qlora_dpo.step import load_step_state, save_step_state
 from qlora_dpo.training import StepTrainer
 
 
