@@ -268,7 +268,9 @@ def lora_linears(policy: PeftModel, name: str) -> dict[str, LoraLayer]:
     if odd is None and any(m.lora_A[name].weight.dim() != 2 for m in layers.values()):
         odd = "it has convolutions"
     if odd is not None:
-        raise NotImplementedError(f"`sync_ref_model` must have a plain LoRA on linear layers, got another: {odd}.")
+        raise NotImplementedError(
+            f"`sync_ref_model` must have a plain LoRA on linear layers, got another: {odd}. Leave the option out."
+        )
     return layers
 
 

@@ -19,6 +19,7 @@ from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import prepare_dataset, value_columns
 from qlora_dpo.data_report import DataReport, show
+from qlora_dpo.errors import FixableError
 from qlora_dpo.layouts import GroupCollator
 from qlora_dpo.metrics import HIGHER_IS_BETTER, best_metric_key
 from qlora_dpo.model import attach_adapter, is_quantized, load_base, load_policy, load_tokenizer, with_pad_token
@@ -268,7 +269,8 @@ def policy_from(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft
         return _loaded(model, args, quantization_config, peft_config)
     if args.model_init_kwargs:
         raise ValueError(
-            "`model_init_kwargs` must be None for a model that is loaded, got some. Load the model with them."
+            f"`model_init_kwargs` must be None for a model that is loaded, got {sorted(args.model_init_kwargs)}. Load "
+            "the model with them."
         )
     if quantization_config is not None:
         raise ValueError(
@@ -284,8 +286,8 @@ def policy_from(model: Any, args: QLoRADPOConfig, quantization_config: Any, peft
             stack_adapter(model, peft_config)
         return model
     if peft_config is None:
-        quantized = "A quantised model" if is_quantized(model) else "A model without adapters"
-        raise ValueError(f"{quantized} cannot be trained by itself, got no adapter. Pass `peft_config`.")
+        bare = "a quantised one" if is_quantized(model) else "one"
+        raise ValueError(f"`model` must have an adapter to train, got {bare} without. Pass `peft_config`.")
     return attach_adapter(model, peft_config)
 
 
@@ -342,8 +344,8 @@ def require_shardable(accelerator: Accelerator, args: QLoRADPOConfig, reference:
     Processes that share weights must make their forwards together, one for each micro-batch.
 
     Raises:
-        NotImplementedError: For DeepSpeed, FSDP1, versions of libraries that are too old, and references that put other
-            weights in place.
+        NotImplementedError: For DeepSpeed, FSDP1, and references that put other weights in place.
+        FixableError: For versions of libraries that are too old.
         ValueError: If `fsdp` would be ignored, or a token budget would give processes different numbers of forwards.
     """
     kind = accelerator.distributed_type
@@ -357,7 +359,7 @@ def require_shardable(accelerator: Accelerator, args: QLoRADPOConfig, reference:
             )
         return False
     if not getattr(peft.import_utils, "is_transformers_dtensor_tp", False):
-        raise NotImplementedError(
+        raise FixableError(
             "FSDP must have versions that load an adapter into the parts of a model, got transformers "
             f"{transformers.__version__} and peft {peft.__version__}. Upgrade them: 5.23 and 0.21.2 are tested."
         )
@@ -393,7 +395,7 @@ def use_liger(model: Any, args: QLoRADPOConfig) -> None:
     apply_liger_kernel(model, args.liger_kernel_config)
     if not any("Liger" in str(module.forward) for module in model.modules()):
         kind = model.config.model_type
-        warnings.warn(f"`use_liger_kernel` has no effect: Liger has no kernels for {kind}.", stacklevel=2)
+        warnings.warn(f"`use_liger_kernel` has no effect: Liger has no kernels for {kind}. Leave it out.", stacklevel=2)
 
 
 def _emulates_casts() -> bool:

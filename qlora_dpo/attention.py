@@ -61,9 +61,10 @@ def segment_attention(
         NotImplementedError: If the model's attention needs something the segments cannot say.
     """
     if segments is None or attention_mask is not None or position_bias is not None:
+        got = "none" if segments is None else "a mask or bias of its own too"
         raise NotImplementedError(
-            f"{type(module).__name__} does not hand `segments` to its attention, or adds a mask or bias of its own. "
-            "Use batch_layout='padded'."
+            f"{type(module).__name__} must hand `segments` alone to its attention, got {got}. Use "
+            "batch_layout='padded'."
         )
     recipe = Recipe(scaling, sliding_window, dropout, softcap, s_aux)
     return attend(query, key, value, segments, recipe), None

@@ -1,6 +1,7 @@
 """Checkpoints that are known to be whole: a manifest written last, and the last whole one found again.
 
-A run may be killed at any moment: while it writes a checkpoint, or while it deletes an old one.
+A run may be killed at any moment: while it writes a checkpoint, or while it deletes an old one. What a step has beside
+weights, a moving reference or a running mean, is kept in a checkpoint's `reference/`.
 """
 
 import hashlib
@@ -14,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from qlora_dpo.errors import FixableError
+from qlora_dpo.reference import AverageReference
+from qlora_dpo.step import Step
 
 MANIFEST_NAME = "manifest.json"
 """What lies in a checkpoint when all of it was written: every file's size and SHA-256."""
@@ -182,3 +188,42 @@ def rotate(run: str, limit: int | None, kept: Sequence[str | Path | None]) -> No
     for folder in others[: max(len(found) - limit, 0)]:
         unmark(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_step_state(step: Step, folder: Path) -> None:
+    """Keep a moving reference and a running mean in a checkpoint."""
+    if isinstance(step.reference, AverageReference):
+        Path(folder, "reference").mkdir(exist_ok=True)
+        save_file(step.reference.state_dict(), Path(folder, "reference", "average.safetensors"))
+    if step.objective.bco_running_mean:
+        Path(folder, "reference").mkdir(exist_ok=True)
+        state = {"total": step.bco_delta.total, "count": step.bco_delta.count}
+        Path(folder, "reference", "bco_delta.json").write_text(json.dumps(state))
+
+
+def load_step_state(step: Step, folder: Path) -> None:
+    """Go on from what `save_step_state` kept.
+
+    Raises:
+        FixableError: If it is not there.
+    """
+    if isinstance(step.reference, AverageReference):
+        step.reference.load_state_dict(load_file(_state_file(folder, "average.safetensors", "sync_ref_model")))
+    if step.objective.bco_running_mean:
+        state = json.loads(_state_file(folder, "bco_delta.json", "bco_running_mean").read_text())
+        step.bco_delta.total, step.bco_delta.count = state["total"], state["count"]
+
+
+def _state_file(folder: Path, name: str, option: str) -> Path:
+    """A file of a checkpoint's `reference/`.
+
+    Raises:
+        FixableError: If it is not there.
+    """
+    path = Path(folder, "reference", name)
+    if not path.is_file():
+        raise FixableError(
+            f"A checkpoint to go on from with `{option}` must hold reference/{name}, got none in {folder}. Go on with "
+            "the options of the run that wrote it."
+        )
+    return path

@@ -53,6 +53,7 @@ from qlora_dpo.score import row_errors, score_file
 from qlora_dpo.shapes import BUILT_IN
 from qlora_dpo.terminal import one_line_warnings
 from qlora_dpo.trainer import QLoRADPOTrainer
+from qlora_dpo.typed import help_of
 
 SOURCE = "source_sha256"
 """Key of an evaluation's metrics that tells its data from others of the same name."""
@@ -65,8 +66,8 @@ class EvaluationArguments:
     """What to evaluate."""
 
     adapter: str = field(metadata={"help": "Folder or Hub id of a saved adapter with its qlora_dpo.json."})
-    dataset_name: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .parquet or .csv file or a folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_name: str = field(metadata=help_of(DataArguments, "dataset_name"))
+    dataset_config: str | None = field(default=None, metadata=help_of(DataArguments, "dataset_config"))
     dataset_test_split: str = field(default="train", metadata={"help": "Split to evaluate on."})
     benchmark: str | None = field(
         default=None, metadata={"help": "rewardbench: rows of text with its subsets, and the scores of its sections."}
@@ -237,7 +238,7 @@ def demo(words: Sequence[str]) -> None:
 class ScoreArguments:
     """What to score."""
 
-    adapter: str = field(metadata={"help": "Folder or Hub id of a saved adapter with its qlora_dpo.json."})
+    adapter: str = field(metadata=help_of(EvaluationArguments, "adapter"))
     source: str = field(
         metadata={"help": "A .jsonl file of rows with `prompt` and `completions`, or chosen and rejected."}
     )
@@ -247,7 +248,7 @@ class ScoreArguments:
     min_margin: float | None = field(
         default=None, metadata={"help": "Drop rows of chosen and rejected whose margin is below it."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a model repository ships."})
+    trust_remote_code: bool = field(default=False, metadata=help_of(QLoRADPOConfig, "trust_remote_code"))
 
 
 def score(words: Sequence[str]) -> int:
@@ -336,7 +337,7 @@ def push(words: Sequence[str]) -> None:
 class MergeArguments:
     """What to merge."""
 
-    adapter: str = field(metadata={"help": "Folder or Hub id of a saved adapter with its qlora_dpo.json."})
+    adapter: str = field(metadata=help_of(EvaluationArguments, "adapter"))
     output_dir: str = field(metadata={"help": "Folder to write, new or empty; an unfinished merge is begun again."})
     into: str = field(
         default="quantized",
@@ -348,12 +349,12 @@ class MergeArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Preference rows to measure the difference on: a file, a folder or a Hub id."}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_config: str | None = field(default=None, metadata=help_of(DataArguments, "dataset_config"))
     dataset_test_split: str = field(default="train", metadata={"help": "Split to take the rows from."})
     num_rows: int = field(default=16, metadata={"help": "Rows to measure on, the first of the split."})
-    reference: str | None = field(default=None, metadata={"help": "base, none, or a path or id. Default: as recorded."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a model repository ships."})
-    json: bool = field(default=False, metadata={"help": "Print the report as JSON."})
+    reference: str | None = field(default=None, metadata=help_of(ScoreArguments, "reference"))
+    trust_remote_code: bool = field(default=False, metadata=help_of(QLoRADPOConfig, "trust_remote_code"))
+    json: bool = field(default=False, metadata=help_of(EvaluationArguments, "json"))
 
 
 def merge(words: Sequence[str]) -> None:

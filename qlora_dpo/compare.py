@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from qlora_dpo.data import TokenLimits, prepare_dataset
 from qlora_dpo.forward import install_scoring, score_batch, to_device
 from qlora_dpo.layouts import Group, make_batch
+from qlora_dpo.metrics import outcomes
 from qlora_dpo.record import AdapterRecord, read_record
 from qlora_dpo.score import load_scorer
 from qlora_dpo.shards import weight_files
@@ -28,7 +29,7 @@ class MergeDifference:
         token_max: The largest.
         completion_mean: Mean absolute difference of a completion's summed log-probability, in nats.
         completion_max: The largest.
-        accuracy: Preference accuracy of the merged model; ties count one half.
+        accuracy: Preference accuracy of the merged model.
         margin: Mean reward margin of the merged model.
     """
 
@@ -56,8 +57,8 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Share of pairs with a margin above 0; ties count one half."""
-        return float(((self.margins > 0).double() + 0.5 * (self.margins == 0).double()).mean())
+        """Mean of the pairs' `outcomes`."""
+        return float(outcomes(self.margins).double().mean())
 
     @property
     def margin(self) -> float:

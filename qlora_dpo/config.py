@@ -335,7 +335,9 @@ class QLoRADPOConfig(TrainingArguments):
         """Refuse what cannot be right, with the way out."""
         for name, neutral in _NOT_BUILT.items():
             if getattr(self, name, neutral[0]) not in neutral:
-                raise NotImplementedError(f"`{name}` must be {neutral[0]!r} for now, got {getattr(self, name)!r}.")
+                raise NotImplementedError(
+                    f"`{name}` must be {neutral[0]!r} for now, got {getattr(self, name)!r}. Leave it out."
+                )
         self._check_choice("batch_layout", self.batch_layout, BATCH_LAYOUTS)
         self._check_choice("pair_strategy", self.pair_strategy, tuple(PAIR_STRATEGIES))
         if self.padding_free and self.batch_layout == "padded":
@@ -391,7 +393,7 @@ class QLoRADPOConfig(TrainingArguments):
                 "`precompute_ref_log_probs` must be False with `sync_ref_model`, whose reference moves, got True. Drop "
                 "one of them."
             )
-        self._check_choice("reference with sync_ref_model", self.reference, ("auto", "base", "initial"))
+        self._check_choice("reference", self.reference, ("auto", "base", "initial"), " with `sync_ref_model`")
 
     @property
     def recomputes(self) -> bool:
@@ -421,11 +423,13 @@ class QLoRADPOConfig(TrainingArguments):
         if self.use_cpu:
             raise ValueError("`use_liger_kernel` must be False on a CPU, got True. Leave it out.")
         if not is_liger_kernel_available():
-            raise ValueError("`use_liger_kernel` must be False without the package liger-kernel. Install it.")
+            raise ValueError("`use_liger_kernel` must be False without the package liger-kernel, got True. Install it.")
         chosen = self.liger_kernel_config or {}  # type: ignore[has-type]
         for name in ("cross_entropy", "fused_linear_cross_entropy"):
             if chosen.get(name):
-                raise ValueError(f"`liger_kernel_config` must not ask for {name}, another loss. Leave it out.")
+                raise ValueError(
+                    f"`liger_kernel_config` must not ask for {name}, another loss, got {chosen[name]}. Leave it out."
+                )
         self.liger_kernel_config = {**chosen, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
     def __str__(self) -> str:
@@ -441,9 +445,9 @@ class QLoRADPOConfig(TrainingArguments):
             found["model_init_kwargs"] = options | {"token": "<TOKEN>"}
         return found
 
-    def _check_choice(self, name: str, value: str, choices: tuple[str, ...]) -> None:
+    def _check_choice(self, name: str, value: str, choices: tuple[str, ...], beside: str = "") -> None:
         if value not in choices:
-            raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+            raise ValueError(f"`{name}` must be one of {list(choices)}{beside}, got {value!r}. Use {choices[0]!r}.")
 
     @property
     def token_limits(self) -> TokenLimits:

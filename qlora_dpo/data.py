@@ -324,7 +324,9 @@ def prepare_dataset(
     if set(GROUP_COLUMNS) <= set(columns):
         return _numbered(dataset), None
     if getattr(dataset, "format", {}).get("type") == "custom":
-        raise ValueError(f"The {name} data set must have no transform, which makes rows as they are read. Use `map`.")
+        raise ValueError(
+            f"The {name} data set must have no transform, got one, which makes rows as they are read. Use `map`."
+        )
     dataset = dataset.with_format(None)
     values = value_columns(columns)
     options = {

@@ -139,6 +139,7 @@ def show(report: DataReport) -> None:
     if dropped > MUCH_DROPPED * report.rows:
         reason = max(report.dropped, key=report.dropped.__getitem__)
         warnings.warn(
-            f"Of the {report.rows:,} rows of the {report.name} data {dropped:,} are dropped, most because: {reason}.",
+            f"Of the {report.rows:,} rows of the {report.name} data {dropped:,} are dropped, most because: {reason}. "
+            "Correct them, or raise `max_length` where it cuts them.",
             stacklevel=3,
         )

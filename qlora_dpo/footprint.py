@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 import torch
 
 from qlora_dpo.blockwise import MOST_QUERIES, MOST_WEIGHTS
+from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.four_bit_head import tile_shape
 from qlora_dpo.lean import strip_rows
 from qlora_dpo.logits import chunk_length, strip_length
+from qlora_dpo.typed import help_of
 
 FP32 = 4
 
@@ -176,15 +178,13 @@ class MemoryOptions:
         default=None, metadata=_help("How many of them are scored, those of completions. None: all.")
     )
     lora_r: int = field(default=16, metadata=_help("Rank of the adapter on every linear layer but the head."))
-    gradient_checkpointing: bool = field(
-        default=True, metadata=_help("Keep only the input of each layer, and compute it again in the backward pass.")
-    )
+    gradient_checkpointing: bool = field(default=True, metadata=help_of(QLoRADPOConfig, "gradient_checkpointing"))
     keep_layers: int = field(
         default=0, metadata=_help("Layers, the last ones, whose activations are kept all the same.")
     )
     quantize: bool = field(default=True, metadata=_help("Base in 4 bit; False for the compute dtype."))
-    double_quant: bool = field(default=True, metadata=_help("Quantise the quantisation constants too."))
-    compute_dtype: str = field(
+    use_bnb_nested_quant: bool = field(default=True, metadata=_help("Quantise the quantisation constants too."))
+    dtype: str = field(
         default="bfloat16",
         metadata=_help("bfloat16, float16 or float32; also of weights that are not quantised."),
     )
@@ -194,18 +194,16 @@ class MemoryOptions:
             f"As in transformers, one of {', '.join(OPTIMIZERS)}. Paged state is counted as if it were on the GPU."
         ),
     )
-    activation_offloading: bool = field(
-        default=False, metadata=_help("What the backward pass needs waits in CPU memory.")
+    activation_offloading: bool = field(default=False, metadata=help_of(QLoRADPOConfig, "activation_offloading"))
+    quantize_head: bool = field(
+        default=False, metadata=_help("Load the head in 4 bit too, where it is not tied to the embeddings.")
     )
-    quantize_head: bool = field(default=False, metadata=_help("LM head in 4 bit."))
-    embeddings_on_cpu: bool = field(default=False, metadata=_help("Embeddings in host memory."))
-    cached_reference: bool = field(
-        default=False, metadata=_help("No reference pass, as with precompute_ref_log_probs.")
+    embeddings_on_cpu: bool = field(
+        default=False,
+        metadata=_help("Keep input embeddings in CPU memory, where they are neither tied to the head nor trained."),
     )
-    logps_chunk_size: int | None = field(
-        default=None,
-        metadata=_help("Positions in a tile of logits. None: as the vocabulary asks for."),
-    )
+    precompute_ref_log_probs: bool = field(default=False, metadata=help_of(QLoRADPOConfig, "precompute_ref_log_probs"))
+    logps_chunk_size: int | None = field(default=None, metadata=help_of(QLoRADPOConfig, "logps_chunk_size"))
     device: str = field(
         default="cuda", metadata=_help("cuda or cpu: what attention keeps for the backward pass depends on it.")
     )
@@ -223,10 +221,8 @@ class MemoryOptions:
                 raise ValueError(
                     f"`{name}` must be 0 or more, got {getattr(self, name)}. Leave it out for its default."
                 )
-        if self.compute_dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(
-                f"`compute_dtype` must be bfloat16, float16 or float32, got {self.compute_dtype}. Use bfloat16."
-            )
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"`dtype` must be bfloat16, float16 or float32, got {self.dtype}. Use bfloat16.")
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f"`device` must be cuda or cpu, got {self.device}. Use cuda for any GPU.")
         if self.keep_layers and not self.gradient_checkpointing:
@@ -242,7 +238,7 @@ class MemoryOptions:
     @property
     def width(self) -> int:
         """Bytes of a number in the compute dtype, which unquantised weights have too."""
-        return int(getattr(torch, self.compute_dtype).itemsize)
+        return int(getattr(torch, self.dtype).itemsize)
 
     @property
     def scored(self) -> int:
@@ -262,7 +258,7 @@ def held(shape: Shape, options: MemoryOptions) -> dict[str, int]:
     adapters = FP32 * sum(_adapter_sizes(shape, options.lora_r))
     parts = {
         "4-bit weights": sum(math.ceil(i * o / 2) for i, o in in_4bit),
-        "quantisation constants": sum(_constants(i * o, options.double_quant) for i, o in in_4bit),
+        "quantisation constants": sum(_constants(i * o, options.use_bnb_nested_quant) for i, o in in_4bit),
         "embeddings": 0 if options.embeddings_on_cpu else shape.embeddings * options.width,
         "LM head": 0 if options.quantize_head else shape.head * options.width,
         "other weights": wide * options.width,
@@ -315,7 +311,7 @@ def _layer_kept(shape: Shape, options: MemoryOptions) -> Kept:
 
 
 def _attends_blockwise(options: MemoryOptions) -> bool:
-    return options.device == "cpu" and options.compute_dtype != "float16"
+    return options.device == "cpu" and options.dtype != "float16"
 
 
 def _attention_work(shape: Shape, options: MemoryOptions) -> int:
@@ -460,7 +456,7 @@ def phases(shape: Shape, options: MemoryOptions) -> dict[str, dict[str, int]]:
     reference = max(_reference_layer(shape, options), _head(shape, options, trained=False), key=_total)
     copies = FP32 * sum(_adapter_sizes(shape, options.lora_r)) if options.optim == "adamw_torch" else 0
     found = {
-        "reference": {} if options.cached_reference else reference,
+        "reference": {} if options.precompute_ref_log_probs else reference,
         "policy and head": _kept(shape, options) | _head(shape, options, trained=True),
         "backward": _backward(shape, options),
         "optimizer": {"square roots of all moments": copies},

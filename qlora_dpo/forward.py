@@ -80,7 +80,8 @@ def _router_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Tensor:
     sizes = [getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok")]
     if balance is None or None in sizes or outputs.router_logits is None:
         raise NotImplementedError(
-            f"`router_aux_loss_coef` must be 0 for {type(model).__name__}, whose load-balancing loss is not known here."
+            f"`router_aux_loss_coef` must be 0 for {type(model).__name__}, whose load-balancing loss is not known here,"
+            " got another. Set it to 0."
         )
     return balance(outputs.router_logits, *sizes, kwargs.get("attention_mask")).reshape(1)
 

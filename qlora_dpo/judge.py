@@ -81,13 +81,14 @@ def judged(trainer: QLoRADPOTrainer, name: str, output_dir: str | None = None) -
     """The report of a trainer's last evaluation, of one data set.
 
     Raises:
-        FixableError: If there was none, if it was of a stream that several workers read, or if a reward is not finite.
+        FixableError: If there was none, or if a reward is not finite.
+        ValueError: If it was of a stream that several workers read.
     """
     if trainer.last_pairs is None:
         raise FixableError("An evaluation must come before its report, got none. Call trainer.evaluate() first.")
     workers = trainer.args.dataloader_num_workers
     if isinstance(trainer.eval_dataset, IterableDataset) and workers > 1:
-        raise FixableError(
+        raise ValueError(
             f"`dataloader_num_workers` must be 0 or 1 for a report of a stream, whose rows are looked up by number, "
             f"got {workers}. Leave it out."
         )

@@ -13,6 +13,8 @@ from typing import Any, get_args, get_origin
 
 import numpy as np
 
+from qlora_dpo.metrics import outcomes
+
 WHOLE = ("row", "tokens_chosen", "tokens_rejected", "turns")
 """Columns of `Pairs` that hold whole numbers."""
 
@@ -200,12 +202,12 @@ def bootstrap_interval(
 
 
 def accuracy(margins: Any) -> float:
-    """Share of `(T,)` margins above 0, a tie counting one half.
+    """Mean of the `outcomes` of `(T,)` margins.
 
     >>> accuracy([2.0, 0.0, -1.0, 3.0])  # two wins and a tie of four
     0.625
     """
-    return _mean(_outcomes(_column("margins", margins)))
+    return _mean(outcomes(_column("margins", margins)))
 
 
 def accuracy_estimate(margins: Any, rows: Any) -> Estimate:
@@ -217,22 +219,22 @@ def accuracy_estimate(margins: Any, rows: Any) -> Estimate:
     >>> print(accuracy_estimate([1.0, -1.0, 2.0, 0.0], [0, 1, 2, 3]))  # 2.5 of 4
     0.625 [0.22, 0.91]
     """
-    outcomes = _outcomes(_column("margins", margins))
-    value, count = _mean(outcomes), len(outcomes)
-    sums, counts = _cluster_sums(outcomes, rows)
+    found = outcomes(_column("margins", margins))
+    value, count = _mean(found), len(found)
+    sums, counts = _cluster_sums(found, rows)
     if counts.max() == 1:
-        return Estimate(value, *wilson_interval(float(outcomes.sum()), count), count, "wilson")
+        return Estimate(value, *wilson_interval(float(found.sum()), count), count, "wilson")
     shares = sums / counts
     if len(sums) < FEW_ROWS or shares.min() == shares.max():
         return Estimate(value, *wilson_interval(value * len(sums), len(sums)), count, "wilson over rows")
-    return Estimate(value, *bootstrap_interval(outcomes, rows), count, "bootstrap over rows")
+    return Estimate(value, *bootstrap_interval(found, rows), count, "bootstrap over rows")
 
 
 def calibration(margins: Any, label_probs: Any = None, bins: int = 10) -> Calibration:
     """Whether pairs that the Bradley-Terry model of the rewards is sure of are ranked right as often as it says.
 
     Confidence is s(|margin|), in [0.5, 1]. Outcome is how probable it is that the higher-rewarded completion is the
-    better one: 1 if it is the chosen one and 0 if not, or what `label_probs` says; one half for a tie.
+    better one: what `label_probs` says, for a tie as in `outcomes`.
 
     Args:
         margins: `(T,)` reward margins.
@@ -256,7 +258,8 @@ def calibration(margins: Any, label_probs: Any = None, bins: int = 10) -> Calibr
     _check_length("label_probs", probs, len(margins))
     order = np.argsort(np.abs(margins), kind="stable")  # exp may round by an entry's place in the array
     margins, probs = margins[order], probs[order]
-    outcome = np.where(margins == 0, 0.5, np.where(margins > 0, probs, 1 - probs))
+    wins = outcomes(margins)
+    outcome = np.where(wins == 1, probs, np.where(wins == 0, 1 - probs, wins))
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     places = np.minimum((confidence - 0.5) * 2 * bins, bins - 1).astype(int)
     members = [places == place for place in np.unique(places)]
@@ -393,10 +396,6 @@ def preference_report(pairs: Pairs, name: str) -> PreferenceReport:
 
 def _mean(values: np.ndarray) -> float:
     return math.fsum(values.tolist()) / len(values)
-
-
-def _outcomes(margins: np.ndarray) -> np.ndarray:
-    return (margins > 0) + (margins == 0) / 2
 
 
 def _firsts(*columns: np.ndarray) -> np.ndarray:

@@ -39,19 +39,29 @@ def weight_bytes(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Saver:
-    """An option that saves memory: its flag of `qlora-dpo train`, and what it changes in `MemoryOptions`."""
+    """An option that saves memory, called alike in `MemoryOptions` and `qlora-dpo train`, and its value."""
 
-    flag: str
-    change: dict[str, Any]
+    name: str
+    value: bool | str
+
+    @property
+    def flag(self) -> str:
+        """It as words of a command line."""
+        return f"--{self.name} {str(self.value).lower()}"
+
+    @property
+    def change(self) -> dict[str, Any]:
+        """It as a keyword of `plan_memory`."""
+        return {self.name: self.value}
 
 
 SAVERS = (
-    Saver("--precompute_ref_log_probs true", {"cached_reference": True}),
-    Saver("--optim paged_adamw_8bit", {"optim": "paged_adamw_8bit"}),
-    Saver("--quantize_head true", {"quantize_head": True}),
-    Saver("--embeddings_on_cpu true", {"embeddings_on_cpu": True}),
-    Saver("--gradient_checkpointing true", {"gradient_checkpointing": True}),
-    Saver("--activation_offloading true", {"activation_offloading": True}),
+    Saver("precompute_ref_log_probs", True),
+    Saver("optim", "paged_adamw_8bit"),
+    Saver("quantize_head", True),
+    Saver("embeddings_on_cpu", True),
+    Saver("gradient_checkpointing", True),
+    Saver("activation_offloading", True),
 )
 """Cheapest in speed first."""
 
@@ -136,10 +146,10 @@ class MemoryPlan:
         return [
             saver
             for saver in SAVERS
-            if any(getattr(self.options, name) != value for name, value in saver.change.items())
-            and not ("optim" in saver.change and OPTIMIZERS[self.options.optim] == 8)
-            and not ("quantize_head" in saver.change and not self.options.quantize)
-            and not (saver.change.keys() & _NEED_OWN_HEAD and not self.shape.head)
+            if getattr(self.options, saver.name) != saver.value
+            and not (saver.name == "optim" and OPTIMIZERS[self.options.optim] == 8)
+            and not (saver.name == "quantize_head" and not self.options.quantize)
+            and not (saver.name in _NEED_OWN_HEAD and not self.shape.head)
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +174,7 @@ class MemoryPlan:
         kind = "QLoRA" if options.quantize else "LoRA"
         lines = [
             f"{self.shape.name}: {self.shape.parameters / 1e9:.2f} B parameters, {kind} of rank {options.lora_r}, "
-            f"{options.tokens:,} tokens a forward, {options.compute_dtype}, in GiB",
+            f"{options.tokens:,} tokens a forward, {options.dtype}, in GiB",
             *_block("held all the time", self.held),
         ]
         for phase, parts in self.phases.items():
@@ -205,7 +215,7 @@ _NEED_OWN_HEAD = {"quantize_head", "embeddings_on_cpu"}
 
 
 def _changes(savers: list[Saver]) -> dict[str, Any]:
-    return {name: value for saver in savers for name, value in saver.change.items()}
+    return {saver.name: saver.value for saver in savers}
 
 
 def _gib(size: int) -> str:
@@ -235,9 +245,9 @@ def plan_memory(
             perhaps as `id@revision`, of which only config.json is read.
         gpu_bytes: Memory of the card.
         **options: Fields of `MemoryOptions`, whose help says what each is: `tokens`, `scored_tokens`, `lora_r`,
-            `gradient_checkpointing`, `keep_layers`, `quantize`, `double_quant`, `compute_dtype`, `optim`,
-            `activation_offloading`, `quantize_head`, `embeddings_on_cpu`, `cached_reference`, `logps_chunk_size`,
-            `device`, `device_context_bytes`.
+            `gradient_checkpointing`, `keep_layers`, `quantize`, `use_bnb_nested_quant`, `dtype`, `optim`,
+            `activation_offloading`, `quantize_head`, `embeddings_on_cpu`, `precompute_ref_log_probs`,
+            `logps_chunk_size`, `device`, `device_context_bytes`.
 
     Returns:
         The plan; printed, a table in GiB.

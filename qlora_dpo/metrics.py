@@ -8,8 +8,9 @@ fetches them once, when it logs; evaluation keeps the rows of the table.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,14 +74,18 @@ EVALUATE_MODULES = Path(__file__).parent / "evaluate_metrics"
 """Folder of the modules that `evaluate.load` takes."""
 
 
-def accuracy_and_ties(margins: Tensor) -> tuple[Tensor, Tensor]:
-    """1 for a positive margin, one half for a tie, 0 for a negative one; and 1 for a tie.
+_Numbers = TypeVar("_Numbers", Tensor, np.ndarray)
 
-    >>> accuracy_and_ties(torch.tensor([0.5, 0.0, -1.0]))[0].tolist()
-    [1.0, 0.5, 0.0]
+
+def outcomes(margins: _Numbers) -> _Numbers:
+    """How much each pair counts in an accuracy, by its `(T,)` margin: 1 above 0, one half for a tie, 0 below.
+
+    The modules in `EVALUATE_MODULES` say it again: `evaluate` copies them out of the package.
+
+    >>> outcomes(torch.tensor([0.5, 0.0, -1.0])).tolist(), outcomes(np.array([0.5, 0.0, -1.0])).tolist()
+    ([1.0, 0.5, 0.0], [1.0, 0.5, 0.0])
     """
-    ties = (margins == 0).to(margins.dtype)
-    return (margins > 0).to(margins.dtype) + ties / 2, ties
+    return (margins > 0) + (margins == 0) / 2
 
 
 def pair_table(
@@ -106,7 +111,7 @@ def pair_table(
     """
     w, l = scores.yw_idxs, scores.yl_idxs
     rewards, lengths = scores.rewards(beta), scores.lengths
-    accuracy, ties = accuracy_and_ties(rewards[w] - rewards[l])
+    margins = rewards[w] - rewards[l]
     logps, logits, entropy = scores.pi_logps.detach(), statistics["mean_logits"], statistics["entropy"]
     kl = statistics.get("kl", torch.full_like(logps, torch.nan))
     columns = {
@@ -115,8 +120,8 @@ def pair_table(
         "aux_loss": torch.zeros_like(items) if aux_loss is None else aux_loss.detach().expand_as(items),
         "reward_chosen": rewards[w],
         "reward_rejected": rewards[l],
-        "accuracy": accuracy,
-        "tie": ties,
+        "accuracy": outcomes(margins),
+        "tie": margins == 0,
         "logps_chosen": logps[w],
         "logps_rejected": logps[l],
         "logits_chosen": logits[w],

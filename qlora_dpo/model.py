@@ -357,8 +357,8 @@ def adapters_below(adapter: str) -> list[str]:
     below = json.loads(record.read_text()).get("stacked_on") if record.is_file() else None
     if below == UNKNOWN:
         raise ValueError(
-            f"The adapter {adapter} was trained on top of one that was in memory only, got no path of that. Save that "
-            f"one, and write its folder as `stacked_on` into {record}."
+            f"The adapter {adapter} must name the one that it was trained on top of, got one that was in memory only. "
+            f"Save that one, and write its folder as `stacked_on` into {record}."
         )
     return [] if below is None else [*adapters_below(check_path(below, "adapter")), check_path(below, "adapter")]
 

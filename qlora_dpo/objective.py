@@ -75,7 +75,10 @@ def desensitized(scores: Scores, ld_alpha: float) -> Scores:
     """
     assert scores.pi_token_logps is not None
     if scores.ref_token_logps is None:
-        raise ValueError("`ld_alpha` must be None with given `ref_logps`, got one: it needs a value for each token.")
+        raise ValueError(
+            f"`ld_alpha` must be None with given `ref_logps`, got {ld_alpha}: it needs a value for each token. "
+            "Drop one."
+        )
     lengths = scores.lengths.tolist()
     sides = [*scores.yw_idxs.tolist(), *scores.yl_idxs.tolist()]
     others = [*scores.yl_idxs.tolist(), *scores.yw_idxs.tolist()]
@@ -251,7 +254,9 @@ def make_objective(
         raise TypeError(f"`loss_weights` must be numbers, got {list(weights)}. Give one for each loss, or None.")
     for name in names:
         if name not in LOSSES:
-            raise ValueError(f"`loss_type` must be one of {sorted(LOSSES)}, or a list of them, got {name!r}.")
+            raise ValueError(
+                f"`loss_type` must be one of {sorted(LOSSES)}, or a list of them, got {name!r}. Use 'sigmoid'."
+            )
     if not names or len(set(names)) < len(names):
         raise ValueError(f"`loss_type` must name each loss once, got {list(names)}. Use `loss_weights`.")
     if len(weights) != len(names) or not all(math.isfinite(weight) for weight in weights):
@@ -260,7 +265,8 @@ def make_objective(
         )
     if "bco_delta" in hyperparameters:
         raise ValueError(
-            "`bco_delta` must be left out, got one: it is 0, or with `bco_running_mean` a mean of rewards."
+            f"`bco_delta` must be left out, got {hyperparameters['bco_delta']}: it is 0, or a mean of rewards. Set "
+            "`bco_running_mean` for that."
         )
     for name, value in hyperparameters.items():
         check_range(name, value)
@@ -296,7 +302,8 @@ def _check_modifiers(objective: Objective) -> None:
     """Refuse modifiers that are out of range or mean nothing for a loss."""
     if objective.f_divergence_type not in DIVERGENCES:
         raise ValueError(
-            f"`f_divergence_type` must be one of {list(DIVERGENCES)}, got {objective.f_divergence_type!r}."
+            f"`f_divergence_type` must be one of {list(DIVERGENCES)}, got {objective.f_divergence_type!r}. Use "
+            "'reverse_kl'."
         )
     if objective.f_divergence_type != "reverse_kl":
         others = set(LOSSES) - set(ON_DIFFERENCES) - {"sft"}
@@ -308,7 +315,9 @@ def _check_modifiers(objective: Objective) -> None:
             f"not use it, got {objective.f_alpha_divergence_coef}. Use f_divergence_type='alpha_divergence'."
         )
     if not math.isfinite(objective.f_alpha_divergence_coef):
-        raise ValueError(f"`f_alpha_divergence_coef` must be finite, got {objective.f_alpha_divergence_coef}.")
+        raise ValueError(
+            f"`f_alpha_divergence_coef` must be finite, got {objective.f_alpha_divergence_coef}. 1 is 'reverse_kl'."
+        )
     if objective.ld_alpha is not None:
         if not 0 <= objective.ld_alpha <= 1:
             raise ValueError(f"`ld_alpha` must be in [0, 1], or None, got {objective.ld_alpha}. 1 is plain DPO.")
@@ -390,7 +399,8 @@ def check_columns(objective: Objective, columns: Sequence[str], label_smoothing:
         )
     if "ref_logps" in columns and objective.ld_alpha is not None:
         raise ValueError(
-            "`ld_alpha` must be None with a column `ref_logps`, got both: it needs a value for each token."
+            f"`ld_alpha` must be None with a column `ref_logps`, got {objective.ld_alpha}: it needs a value for each "
+            "token. Drop one."
         )
     if "odpo" in objective.losses and "offsets" not in columns:
         raise ValueError("loss_type='odpo' must have an offset for each pair, got none. Add an `offsets` column.")

@@ -8,8 +8,10 @@ from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig
 
 from qlora_dpo.config import QLoRADPOConfig
+from qlora_dpo.footprint import MemoryOptions
 from qlora_dpo.model import default_quantization, load_policy
 from qlora_dpo.paths import adapter_folder
+from qlora_dpo.typed import help_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 QUANT_TYPES = ("nf4", "fp4")
@@ -53,20 +55,15 @@ class ModelArguments:
     )
     load_in_4bit: bool = field(default=True, metadata={"help": "Load the base in 4 bit; --no_load_in_4bit for 16 bit."})
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit type: nf4 or fp4."})
-    use_bnb_nested_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants too."})
+    use_bnb_nested_quant: bool = field(default=True, metadata=help_of(MemoryOptions, "use_bnb_nested_quant"))
     bnb_4bit_quant_storage: str = field(
         default="uint8",
         metadata={
             "help": "Dtype that holds the 4-bit weights: uint8, or for FSDP2, which shares out floats, bfloat16."
         },
     )
-    quantize_head: bool = field(
-        default=False, metadata={"help": "Load the head in 4 bit too, where it is not tied to the embeddings."}
-    )
-    embeddings_on_cpu: bool = field(
-        default=False,
-        metadata={"help": "Keep input embeddings in CPU memory, where they are neither tied to the head nor trained."},
-    )
+    quantize_head: bool = field(default=False, metadata=help_of(MemoryOptions, "quantize_head"))
+    embeddings_on_cpu: bool = field(default=False, metadata=help_of(MemoryOptions, "embeddings_on_cpu"))
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Adapter scale times rank."})
     lora_dropout: float = field(

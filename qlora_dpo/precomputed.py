@@ -116,7 +116,10 @@ def precompute(
     loaders = []
     for dataset in datasets:
         if not isinstance(dataset, Dataset):
-            raise ValueError("`precompute_ref_log_probs` must be False for a stream, whose end is not known, got True.")
+            raise ValueError(
+                "`precompute_ref_log_probs` must be False for a stream, whose end is not known, got True. Set "
+                "it to False."
+            )
         mine = dataset.shard(share[1], share[0])
         loaders.append(DataLoader(mine, batch_size=batch_size, collate_fn=collator))
     total = sum(len(loader) for loader in loaders)

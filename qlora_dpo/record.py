@@ -294,6 +294,7 @@ def warn_of_reference(record: AdapterRecord, reference: Reference) -> None:
     if same and record.reference_hash not in (None, found):
         warnings.warn(
             f"The reference {reference.source} has changed since the adapter was trained (hash {found} instead of "
-            f"{record.reference_hash}): its rewards are relative to another one.",
+            f"{record.reference_hash}): its rewards are relative to another one. Put the old one back, or name it as "
+            "`reference`.",
             stacklevel=2,
         )

@@ -113,7 +113,7 @@ def warn_of_base(record: AdapterRecord, policy: PeftModel) -> None:
     if weights_fingerprint(frozen.items()) != run.get("frozen_hash"):
         warnings.warn(
             f"The weights of {record.base} are not those that the adapter was trained on: they have changed since, or "
-            "were changed in memory before the training. Its rewards say little on other ones.",
+            "were changed in memory before the training. Its rewards say little on other ones. Put those back there.",
             stacklevel=2,
         )
 

@@ -83,12 +83,12 @@ def plan_for(policy: PeftModel, args: Any, card: int, tokens: int, device: torch
         lora_r=max([rank for rank in ranks if isinstance(rank, int)], default=MemoryOptions().lora_r),
         gradient_checkpointing=args.recomputes,
         quantize=is_quantized(base),
-        compute_dtype={"bf16": "bfloat16", "fp16": "float16"}.get(args.arithmetic, "float32"),
+        dtype={"bf16": "bfloat16", "fp16": "float16"}.get(args.arithmetic, "float32"),
         optim=args.optim if args.optim in OPTIMIZERS else MemoryOptions().optim,
         activation_offloading=args.activation_offloading,
         quantize_head=hasattr(base.get_output_embeddings(), "compute_dtype"),
         embeddings_on_cpu=has_embeddings_on_cpu(base) and device.type != "cpu",
-        cached_reference=args.precompute_ref_log_probs,
+        precompute_ref_log_probs=args.precompute_ref_log_probs,
         logps_chunk_size=args.logps_chunk_size,
         device="cpu" if device.type == "cpu" else "cuda",
     )
@@ -107,7 +107,11 @@ def _planned(policy: PeftModel, args: Any, card: int, tokens: int, device: torch
 @functools.cache
 def _say_unplanned(reason: str) -> None:
     """Warn of it, once in a process for each reason."""
-    warnings.warn(f"`auto` sets no token budget and keeps no layers here, as there is no plan: {reason}", stacklevel=4)
+    warnings.warn(
+        "`auto` sets no token budget and keeps no layers here, where there is no plan. Set `max_tokens_per_forward` if "
+        f"memory runs out. The reason: {reason}",
+        stacklevel=4,
+    )
 
 
 def budget_for(policy: PeftModel, args: Any, device: torch.device, others: int = 0) -> int | None:

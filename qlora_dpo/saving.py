@@ -18,7 +18,14 @@ from qlora_dpo.arguments import (
     Preparation,
 )
 from qlora_dpo.card import save_card, write_card
-from qlora_dpo.checkpoints import checkpoint_folder, rotate, unmark, write_manifest
+from qlora_dpo.checkpoints import (
+    checkpoint_folder,
+    load_step_state,
+    rotate,
+    save_step_state,
+    unmark,
+    write_manifest,
+)
 from qlora_dpo.hub import make_repository, places, upload, upload_later
 from qlora_dpo.model import load_trained
 from qlora_dpo.record import AdapterRecord, read_record, record_of, write_record
@@ -26,7 +33,6 @@ from qlora_dpo.reference import (
     Reference,
 )
 from qlora_dpo.sampling import replaced
-from qlora_dpo.step import load_step_state, save_step_state
 from qlora_dpo.training import StepTrainer
 
 
@@ -123,7 +129,8 @@ class SavingTrainer(StepTrainer):
             before, now = scheduler.get_last_lr()[0], rates[0]
             warnings.warn(
                 f"The schedule of the learning rate is for another number of steps (`max_steps`, `num_train_epochs`) "
-                f"than before the stop: it goes on with {now:.3g} instead of {before:.3g}.",
+                f"than before the stop: it goes on with {now:.3g} instead of {before:.3g}. Set them back to "
+                "keep the old one.",
                 stacklevel=2,
             )
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -168,7 +175,10 @@ class SavingTrainer(StepTrainer):
             ValueError: For a name of training data that there is not.
         """
         if given := [name for name, value in others.items() if value is not None]:
-            raise TypeError(f"`{given[0]}` must be left out: the card takes it from the run. Leave it out.")
+            name = given[0]
+            raise TypeError(
+                f"`{name}` must be None, got {others[name]!r}: the card takes it from the run. Leave it out."
+            )
         self._name_data(dataset_name)
         if self.is_world_process_zero():
             folder = self.args.output_dir

@@ -6,22 +6,18 @@ everything without gradient and finds dL / d(token log-prob), and a second stage
 weights: the same gradient, with the activations of one forward at a time.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlora_dpo.errors import FixableError
 from qlora_dpo.forward import KL, ROUTER_LOSS, ROWS, has_plain_head, score_batch
 from qlora_dpo.logps import STATISTICS, sum_by_completion
 from qlora_dpo.metrics import pair_table
 from qlora_dpo.objective import Objective, RunningMean
-from qlora_dpo.reference import AverageReference, LiveReference, Reference
+from qlora_dpo.reference import LiveReference, Reference
 from qlora_dpo.remembered import Remembered
 from qlora_dpo.scores import Scores, scores_of_sides, sides_table
 
@@ -234,38 +230,3 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
-
-
-def save_step_state(step: Step, folder: Path) -> None:
-    """Keep what a step has beside weights in a checkpoint's `reference/`: a moving reference, a running mean."""
-    if isinstance(step.reference, AverageReference):
-        Path(folder, "reference").mkdir(exist_ok=True)
-        save_file(step.reference.state_dict(), Path(folder, "reference", "average.safetensors"))
-    if step.objective.bco_running_mean:
-        Path(folder, "reference").mkdir(exist_ok=True)
-        state = {"total": step.bco_delta.total, "count": step.bco_delta.count}
-        Path(folder, "reference", "bco_delta.json").write_text(json.dumps(state))
-
-
-def load_step_state(step: Step, folder: Path) -> None:
-    """Go on from a checkpoint's `reference/`."""
-    if isinstance(step.reference, AverageReference):
-        step.reference.load_state_dict(load_file(_state_file(folder, "average.safetensors", "sync_ref_model")))
-    if step.objective.bco_running_mean:
-        state = json.loads(_state_file(folder, "bco_delta.json", "bco_running_mean").read_text())
-        step.bco_delta.total, step.bco_delta.count = state["total"], state["count"]
-
-
-def _state_file(folder: Path, name: str, option: str) -> Path:
-    """A file of a checkpoint's `reference/`.
-
-    Raises:
-        FixableError: If it is not there.
-    """
-    path = Path(folder, "reference", name)
-    if not path.is_file():
-        raise FixableError(
-            f"A checkpoint to go on from with `{option}` must hold reference/{name}, got none in {folder}. Go on with "
-            "the options of the run that wrote it."
-        )
-    return path

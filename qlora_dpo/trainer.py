@@ -48,7 +48,7 @@ from qlora_dpo.data import (
     VALUE_COLUMNS,
     as_named,
 )
-from qlora_dpo.errors import memory_said
+from qlora_dpo.errors import FixableError, memory_said
 from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
 from qlora_dpo.generations import SampleGenerations
@@ -168,7 +168,7 @@ class QLoRADPOTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         if args.n_gpu > 1:
-            raise ValueError(
+            raise FixableError(
                 f"One process must see one GPU, got {args.n_gpu}: their batches cannot be split. Start one process "
                 "per GPU with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES=0."
             )

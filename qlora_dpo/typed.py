@@ -1,10 +1,11 @@
-"""Fields of a dataclass held to the types they are declared with."""
+"""Fields of a dataclass: held to the types they are declared with, and their help texts."""
 
 import functools
 import numbers
 import os
 import types
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -26,6 +27,12 @@ def _types(declared_by: type) -> dict[str, set[type]]:
 
 
 _UNIONS = (types.UnionType, Union)
+
+
+def help_of(declared_by: type, name: str) -> dict[str, Any]:
+    """Metadata for a field that means the same as one of another dataclass, where its help text is written."""
+    found = {field.name: field for field in fields(declared_by)}[name]
+    return {"help": found.metadata["help"]}
 
 
 def may_be_none(declared_by: type, name: str) -> bool:

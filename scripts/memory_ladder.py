@@ -135,7 +135,7 @@ def loaded_otherwise(config: PreTrainedConfig) -> Iterator[tuple[str, dict[str, 
 def row(found: Rung, config: PreTrainedConfig, tokens: int, held_bytes: int) -> dict[str, Any]:
     """A measurement beside its plan."""
     name, options, measured = found
-    defaults = {"tokens": tokens, "scored_tokens": tokens // 2, "compute_dtype": "bfloat16"}
+    defaults = {"tokens": tokens, "scored_tokens": tokens // 2, "dtype": "bfloat16"}
     place = {"device": "cuda" if ON_GPU else "cpu", "device_context_bytes": 0}
     plan = plan_memory(config, **(defaults | place | options))
     planned = sum(plan.held.values())

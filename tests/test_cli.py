@@ -1,5 +1,6 @@
 """The command line: options from flags and YAML, runs from end to end, and errors a person can act on."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -124,7 +125,9 @@ def test_the_commit_of_a_base_that_was_loaded_elsewhere_is_not_guessed(hub_base,
     base = AutoModelForCausalLM.from_pretrained(hub_base, revision="v2", dtype=torch.bfloat16)
     run = trained_in_memory(tmp_path / "run", base, tokenizer)
     assert json.loads(Path(run, "qlora_dpo.json").read_text())["base_commit"] is None
-    with pytest.warns(UserWarning, match="The weights of org/tiny are not those that the adapter was trained on"):
+    with pytest.warns(
+        UserWarning, match="The weights of org/tiny are not those that the adapter was trained on.*Put those back"
+    ):
         assert main(["evaluate", "--adapter", run, "--dataset_name", rows_file, *QUIET]) == 0
 
 
@@ -462,6 +465,20 @@ def test_unknown_options_in_yaml_are_refused(tmp_path, options, message):
         parsed(tmp_path, options)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\nb: {", "must be YAML, got while parsing .* Correct it"),
+        ("- a", "must hold `option: value` lines, got list"),
+    ],
+)
+def test_a_file_that_holds_no_options_is_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} {message}"):
+        parse(CLASSES, ["--config", str(path)], "qlora-dpo train")
+
+
 def test_a_flag_is_not_guessed_from_its_beginning(tmp_path):
     with pytest.raises(ValueError, match=r"got --max_step 2\. Did you mean `max_steps`"):
         parsed(tmp_path, {}, "--max_step", "2")
@@ -664,7 +681,7 @@ def test_a_reference_adapter_that_has_changed_is_warned_about(base_folder, rows_
     sft = trained_in(tmp_path / "sft", base_folder, rows_file)
     again = trained_in(tmp_path / "again", sft, rows_file)
     trained_in(tmp_path / "sft", base_folder, rows_file, "--max_steps", "3")
-    with pytest.warns(UserWarning, match="has changed since the adapter was trained"):
+    with pytest.warns(UserWarning, match="has changed since the adapter was trained .* Put the old one back"):
         evaluated(again, rows_file)
 
 
@@ -772,3 +789,26 @@ def test_a_recorded_base_that_cannot_be_found_is_named(base_folder, rows_file, t
         assert f"The base of the adapter {tmp_path / 'run'} must be" in shown
         assert f"got {base} from its qlora_dpo.json" in shown
         assert "write where it is as `base` into qlora_dpo.json" in shown
+
+
+def test_every_help_text_is_written_once():
+    texts = []
+    for path in Path(qlora_dpo.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Dict):
+                named = zip(node.keys, node.values, strict=True)
+                texts += [text for key, text in named if isinstance(key, ast.Constant) and key.value == "help"]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_help":
+                texts += node.args
+    written = [text.value for text in texts if isinstance(text, ast.Constant)]
+    assert len(written) > 100
+    assert sorted(written) == sorted(set(written))
+
+
+def test_options_that_mean_the_same_have_one_help_text():
+    shared = {f.name: f.metadata["help"] for f in dataclasses.fields(QLoRADPOConfig) if "help" in f.metadata}
+    found = {f.name: f.metadata["help"] for f in dataclasses.fields(cli.MemoryOptions)}
+    for name in ("gradient_checkpointing", "activation_offloading", "precompute_ref_log_probs", "logps_chunk_size"):
+        assert found[name] == shared[name]
+    for command in (cli.ScoreArguments, cli.MergeArguments):
+        assert command.__dataclass_fields__["trust_remote_code"].metadata["help"] == shared["trust_remote_code"]

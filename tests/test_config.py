@@ -45,9 +45,13 @@ def test_loss_type_may_be_a_name(tmp_path):
         ({"beta": 0.0}, "`beta` must be above 0 and finite"),
         ({"label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "does not use it"),
-        ({"loss_type": "dpo"}, "`loss_type` must be one of"),
-        ({"batch_layout": "flat"}, "`batch_layout` must be one of"),
-        ({"sync_ref_model": True, "reference": "./sft"}, "`reference with sync_ref_model` must be one of"),
+        ({"loss_type": "dpo"}, "`loss_type` must be one of .*, got 'dpo'. Use 'sigmoid'"),
+        ({"batch_layout": "flat"}, "`batch_layout` must be one of .*, got 'flat'. Use 'auto'"),
+        ({"fp16": True, "use_cpu": True}, "`fp16` must be False on a CPU, got True. Use bf16"),
+        (
+            {"sync_ref_model": True, "reference": "./sft"},
+            "`reference` must be .*with `sync_ref_model`, got './sft'. Use 'auto'",
+        ),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "whose reference moves"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, r"must be in \(0, 1\]"),
         ({"ref_model_mixup_alpha": 0.5}, "without sync_ref_model=True"),
@@ -96,6 +100,7 @@ def test_what_cannot_be_right_is_refused(tmp_path, options, message):
         ({"keep_layers": True}, "`keep_layers` must be a whole number or text or None, got True"),
         ({"use_weighting": "no"}, "`use_weighting` must be true or false, got 'no'"),
         ({"reference": None}, "`reference` must be text, got None"),
+        ({"loss_type": 1}, "`loss_type` must be a name or a list of them, got 1. Use 'sigmoid'"),
     ],
 )
 def test_a_value_of_another_type_is_refused(tmp_path, options, said):
@@ -131,20 +136,22 @@ def test_every_option_that_is_not_built_is_tested():
 
 @pytest.mark.parametrize("name", sorted(ASKED))
 def test_what_is_not_built_is_refused_and_never_ignored(tmp_path, name):
-    with pytest.raises(NotImplementedError, match=f"`{name}` must be"):
+    with pytest.raises(NotImplementedError, match=f"`{name}` must be .* for now, got .*\\. Leave it out"):
         make(tmp_path, **{name: ASKED[name]})
 
 
 def test_liger_is_for_layers_and_not_for_the_head(tmp_path, monkeypatch):
     monkeypatch.setattr(QLoRADPOConfig, "_set_device_and_precision", lambda self: None)  # as if there were a GPU
-    with pytest.raises(ValueError, match="must be False without the package liger-kernel"):
+    with pytest.raises(ValueError, match=r"must be False without the package liger-kernel, got True. Install it"):
         make(tmp_path, use_liger_kernel=True)
     monkeypatch.setattr("qlora_dpo.config.is_liger_kernel_available", lambda: True)
     args = make(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False})
     assert args.rounding == "no+liger"
     assert args.liger_kernel_config == {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
     for name in ("cross_entropy", "fused_linear_cross_entropy"):
-        with pytest.raises(ValueError, match=f"`liger_kernel_config` must not ask for {name}"):
+        with pytest.raises(
+            ValueError, match=f"`liger_kernel_config` must not ask for {name}, another loss, got True. Leave"
+        ):
             make(tmp_path, use_liger_kernel=True, liger_kernel_config={name: True})
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import processors
 from torch.utils.data import DataLoader
 
-from qlora_dpo.data import LONG_PROMPT, NO_PAIRS, TokenLimits, prepare_dataset, tokenize_row
+from qlora_dpo.data import LONG_PROMPT, NO_PAIRS, TokenLimits, prepare_dataset, tokenize_row, value_columns
 from qlora_dpo.data_report import show
 from qlora_dpo.files import load_rows
 from qlora_dpo.layouts import group_of
@@ -212,7 +212,9 @@ def test_an_empty_data_set_is_refused(tokenizer, chat_rows):
 def test_messages_without_a_chat_template_are_refused(chat_rows):
     bare = build_chat_tokenizer()
     bare.chat_template = None
-    with pytest.raises(ValueError, match="chat template"):
+    with pytest.raises(
+        ValueError, match=r"must have a chat template to render messages, got none. Set `tokenizer.chat_template`"
+    ):
         prepare_dataset(chat_rows, bare, NO_LIMITS)
 
 
@@ -230,9 +232,15 @@ def test_a_run_warns_if_more_than_a_tenth_of_its_rows_is_dropped(tokenizer, drop
     _, report = prepare_dataset(Dataset.from_list(rows + [equal] * dropped), tokenizer, NO_LIMITS)
     with warnings.catch_warnings(record=True) as found:
         show(report)
-    assert [str(one.message).startswith("Of the 10 rows of the train data 2 are dropped") for one in found] == [
-        True
-    ] * warned
+    said = (
+        f"Of the 10 rows of the train data 2 are dropped, most because: {NO_PAIRS}. Correct them, or raise `max_length`"
+    )
+    assert [str(one.message).startswith(said) for one in found] == [True] * warned
+
+
+def test_log_probabilities_of_one_side_are_refused():
+    with pytest.raises(ValueError, match=r"must be given both or neither, got ref_chosen_logps alone. Add the other"):
+        value_columns(["prompt", "ref_chosen_logps"])
 
 
 # ---- numbers for pairs and completions -------------------------------------------------------------------------------
@@ -335,7 +343,9 @@ def test_columns_that_are_not_read_are_named(tokenizer):
 
 
 def test_a_transform_is_refused_as_it_would_not_be_applied(tokenizer, chat_rows):
-    with pytest.raises(ValueError, match="must have no transform, which makes rows as they are read"):
+    with pytest.raises(
+        ValueError, match=r"must have no transform, got one, which makes rows as they are read. Use `map`"
+    ):
         prepare_dataset(chat_rows.with_transform(lambda rows: rows), tokenizer, NO_LIMITS)
 
 

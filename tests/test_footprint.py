@@ -198,7 +198,7 @@ CELLS = [
 def test_the_foretold_peak_of_a_step_is_the_measured_one(trainers, name, tokens, checkpointing, chunk):
     """With a chunk of 16 the tiles of logits are small, so that the layers decide."""
     trainer = trainers(name)
-    options = {"gradient_checkpointing": checkpointing, "logps_chunk_size": chunk, "compute_dtype": "float32"}
+    options = {"gradient_checkpointing": checkpointing, "logps_chunk_size": chunk, "dtype": "float32"}
     plan = foretold(MODELS[name], tokens, **options)
     held, step = held_by(trainer), step_peak(trainer, tokens, checkpointing, chunk)
     above = plan.peak_bytes - sum(plan.held.values())
@@ -209,7 +209,7 @@ def test_the_foretold_peak_of_a_step_is_the_measured_one(trainers, name, tokens,
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_keys_that_a_gpu_gathers_are_foretold(trainers, gathered, name, checkpointing):
-    options = {"gradient_checkpointing": checkpointing, "logps_chunk_size": 16, "compute_dtype": "float32"}
+    options = {"gradient_checkpointing": checkpointing, "logps_chunk_size": 16, "dtype": "float32"}
     plan, own = (foretold(MODELS[name], 512, device=device, **options) for device in ("cuda", "cpu"))
     step = step_peak(trainers(name), 512, checkpointing, 16)
     assert plan.peak_bytes - sum(plan.held.values()) == pytest.approx(step, rel=0.1)
@@ -218,7 +218,7 @@ def test_keys_that_a_gpu_gathers_are_foretold(trainers, gathered, name, checkpoi
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_held_is_foretold_to_a_thousandth(trainers, name):
-    plan = foretold(MODELS[name], 512, compute_dtype="float32")
+    plan = foretold(MODELS[name], 512, dtype="float32")
     assert sum(plan.held.values()) == pytest.approx(held_by(trainers(name)), rel=1e-3)
 
 
@@ -228,7 +228,7 @@ def test_the_reference_pass_alone_is_foretold(trainers, chunk):
     trainer.reference.chunk_size = chunk
     batch = batch_of(512, trainer.model.config.vocab_size)
     measured = peak_of(lambda: trainer.step.compared(trainer.model_wrapped, batch)).bytes
-    plan = foretold(MODELS["llama-41m"], 512, compute_dtype="float32", logps_chunk_size=chunk)
+    plan = foretold(MODELS["llama-41m"], 512, dtype="float32", logps_chunk_size=chunk)
     assert sum(plan.phases["reference"].values()) == pytest.approx(measured, rel=0.1)
 
 
@@ -306,7 +306,7 @@ def test_tiles_of_logits_are_counted(softcap, dtype, scored):
         attn_logit_softcapping=None,
     )
     width = str(dtype).removeprefix("torch.")
-    options = {"scored_tokens": scored, "logps_chunk_size": 256, "compute_dtype": width, "device": "cpu"}
+    options = {"scored_tokens": scored, "logps_chunk_size": 256, "dtype": width, "device": "cpu"}
     parts = plan_memory(config, tokens=600, **options).phases["policy and head"]
     assert sum(parts[name] for name in ("logit tiles", "logit strips", "unit gradient")) == pytest.approx(
         measured, rel=0.03
@@ -318,7 +318,7 @@ def test_kept_layers_are_foretold(trainers, chunk):
     trainer = trainers("llama-41m")
     checkpoint_activations(trainer.model)
     KeepLayers(trainer.model, 3).begin()
-    plan = foretold(MODELS["llama-41m"], 512, keep_layers=3, logps_chunk_size=chunk, compute_dtype="float32")
+    plan = foretold(MODELS["llama-41m"], 512, keep_layers=3, logps_chunk_size=chunk, dtype="float32")
     step = step_peak(trainer, 512, None, chunk)
     assert plan.peak_bytes - sum(plan.held.values()) == pytest.approx(step, rel=0.1)
 
@@ -332,7 +332,7 @@ def test_activations_elsewhere_are_foretold(trainers, checkpointing, chunk, monk
     monkeypatch.setattr(training, "activations_moved", move)
     monkeypatch.setattr(trainer.args, "activation_offloading", True)
     options = {"gradient_checkpointing": checkpointing, "logps_chunk_size": chunk, "activation_offloading": True}
-    plan = foretold(MODELS["llama-41m"], 512, device="cuda", compute_dtype="float32", **options)
+    plan = foretold(MODELS["llama-41m"], 512, device="cuda", dtype="float32", **options)
     step = step_peak(trainer, 512, checkpointing, chunk)
     assert plan.peak_bytes - sum(plan.held.values()) == pytest.approx(step, rel=0.1)
 
@@ -341,7 +341,7 @@ def test_activations_elsewhere_are_foretold(trainers, checkpointing, chunk, monk
 def test_a_head_in_4_bit_is_foretold(dtype, tmp_path):
     trainer = trainer_of(FAMILIES["llama"], tmp_path, getattr(torch, dtype), quantize_head=True)
     for chunk in (None, 16):
-        plan = foretold(FAMILIES["llama"], 512, quantize_head=True, logps_chunk_size=chunk, compute_dtype=dtype)
+        plan = foretold(FAMILIES["llama"], 512, quantize_head=True, logps_chunk_size=chunk, dtype=dtype)
         step = step_peak(trainer, 512, True, chunk)
         assert plan.peak_bytes - sum(plan.held.values()) == pytest.approx(step, rel=0.1)
     assert sum(plan.held.values()) == pytest.approx(held_by(trainer), rel=5e-3)

@@ -2,10 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
-from qlora_dpo.forward import install_scoring, score_batch
+from qlora_dpo.forward import _router_loss, install_scoring, score_batch
 from qlora_dpo.layouts import Group, make_batch
 
 from tiny_chat import build_tiny_llama
@@ -56,3 +58,10 @@ def test_a_copy_of_the_model_runs_on_its_own_weights(tokenizer):
         twin.get_base_model().model.norm.weight.mul_(2)
         assert not torch.equal(twin(IDS).logits, policy(IDS).logits)
         assert not torch.equal(score_batch(twin, BATCH)["logps"], score_batch(policy, BATCH)["logps"])
+
+
+def test_a_router_loss_that_the_models_code_does_not_have_is_refused():
+    with pytest.raises(
+        NotImplementedError, match=r"`router_aux_loss_coef` must be 0 for Linear, .*, got another. Set it"
+    ):
+        _router_loss(nn.Linear(1, 1), None, {})

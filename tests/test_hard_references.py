@@ -259,7 +259,7 @@ def test_a_frozen_policy_is_refused_with_the_reason(tokenizer, make_args, tmp_pa
     """PeftModel.from_pretrained(base, folder) without is_trainable, the commonest slip: training must say so."""
     path = saved(tokenizer, tmp_path / "sft")
     policy = PeftModel.from_pretrained(build_tiny_llama(tokenizer), path)
-    with pytest.raises(REFUSED, match="trainable"):
+    with pytest.raises(REFUSED, match=r"must have weights to train, got none. Load its adapter with is_trainable=True"):
         trainer_of(tokenizer, make_args(max_steps=1), policy).train()
 
 

@@ -151,7 +151,7 @@ def test_a_stream_that_several_workers_read_has_metrics_and_no_report(tokenizer,
         found.append(trainer.last_pairs.evaluation())
     assert found[0]["groups"] == found[1]["groups"] == len(CHAT_ROWS)
     assert found[0]["accuracy"] == found[1]["accuracy"]
-    with pytest.raises(RuntimeError, match="`dataloader_num_workers` must be 0 or 1 for a report of a stream"):
+    with pytest.raises(ValueError, match="`dataloader_num_workers` must be 0 or 1 for a report of a stream"):
         judged(trainer, "rows")
 
 

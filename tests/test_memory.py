@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from qlora_dpo import QLoRADPOConfig, plan_memory
+from qlora_dpo import QLoRADPOConfig, plan_memory, shapes
 from qlora_dpo.__main__ import main
 from qlora_dpo.cli import ModelArguments
-from qlora_dpo.footprint import OPTIMIZERS
+from qlora_dpo.footprint import OPTIMIZERS, MemoryOptions
 from qlora_dpo.memory import GIB, SAVERS, parse_bytes, peak_memory
 from qlora_dpo.shapes import BUILT_IN, shape_of
 
@@ -117,7 +117,7 @@ def test_a_cached_reference_saves_time_and_no_memory():
     for name in BUILT_IN:
         assert plan_of(name).savings()["--precompute_ref_log_probs true"] == 0
     assert "reference" in plan_of().phases
-    assert not plan_of(cached_reference=True).phases["reference"]
+    assert not plan_of(precompute_ref_log_probs=True).phases["reference"]
 
 
 def test_advice_makes_it_fit_cheapest_first_and_with_nothing_needless():
@@ -157,13 +157,15 @@ def test_kept_layers_lie_between_all_and_none():
 
 def test_options_change_the_parts_that_they_are_about():
     plan = plan_of()
-    assert plan_of(double_quant=False).held["quantisation constants"] > 3.5 * plan.held["quantisation constants"]
+    assert (
+        plan_of(use_bnb_nested_quant=False).held["quantisation constants"] > 3.5 * plan.held["quantisation constants"]
+    )
     assert "4-bit weights" not in plan_of(quantize=False).held
     assert plan_of(quantize=False).held["other weights"] > 13 * 2**30
     assert "LM head" not in plan_of(quantize_head=True).held
     assert plan_of(lora_r=32).held["adapters"] == 2 * plan.held["adapters"]
     assert plan_of(activation_offloading=True).phases["backward"]["layer inputs"] < 0.07 * 2**30
-    assert plan_of(compute_dtype="float32").held["embeddings"] == 2 * plan.held["embeddings"]
+    assert plan_of(dtype="float32").held["embeddings"] == 2 * plan.held["embeddings"]
     few, many = (plan_of(scored_tokens=n).phases["policy and head"]["unit gradient"] for n in (256, 2048))
     assert few < many
     eight = plan_of(optim="adamw_8bit").held["optimizer state"]
@@ -176,7 +178,7 @@ def test_options_change_the_parts_that_they_are_about():
     [
         ({"tokens": 0}, "`tokens` must be 1 or more, got 0"),
         ({"keep_layers": -1}, "`keep_layers` must be 0 or more, got -1"),
-        ({"compute_dtype": "int8"}, "`compute_dtype` must be bfloat16"),
+        ({"dtype": "int8"}, "`dtype` must be bfloat16"),
         ({"optim": "sgd"}, "`optim` must be one of"),
         ({"gpu_bytes": 0}, "`gpu_bytes` must be 1 or more"),
         ({"keep_layers": 2, "gradient_checkpointing": False}, "`keep_layers` must be 0 without"),
@@ -265,6 +267,22 @@ UNPLANNED = {
 }
 
 
+def test_a_layer_without_an_mlp_is_refused():
+    with pytest.raises(
+        NotImplementedError, match=r"must have an MLP in a layer to be planned, got x with .*'attn.q'.* Try"
+    ):
+        shapes._mlp_sizes({"attn.q": (64, 64)}, 64, "x")
+
+
+def test_a_model_that_is_not_built_as_decoders_are_is_refused(monkeypatch):
+    monkeypatch.setattr(shapes, "_counted", lambda config, name: config.no_such_size)
+    config = transformers.LlamaConfig(**_TINY)
+    with pytest.raises(
+        NotImplementedError, match=r"must be built as transformers' decoders are .*'no_such_size'.* Try a"
+    ):
+        plan_memory(config)
+
+
 @pytest.mark.parametrize("name", UNPLANNED)
 def test_a_model_that_cannot_be_planned_is_refused_by_name_in_one_line(name, tmp_path, capsys):
     config, message = UNPLANNED[name]
@@ -316,9 +334,13 @@ def test_what_is_no_size_is_refused(text):
         parse_bytes(text)
 
 
-def test_flags_of_the_advice_are_options_of_training():
+def test_options_of_a_plan_are_called_as_those_of_training():
+    """But for what a training does not say, and `quantize`, which is that of `load_policy`."""
     known = {field.name for cls in (ModelArguments, QLoRADPOConfig) for field in dataclasses.fields(cls)}
-    assert {saver.flag.removeprefix("--").split()[0] for saver in SAVERS} <= known
+    own = {"tokens", "scored_tokens", "quantize", "device", "device_context_bytes"}
+    assert {field.name for field in dataclasses.fields(MemoryOptions)} - known == own
+    assert {saver.name for saver in SAVERS} <= known
+    assert [saver.flag for saver in SAVERS][:2] == ["--precompute_ref_log_probs true", "--optim paged_adamw_8bit"]
 
 
 def test_every_optimizer_is_one_of_transformers():

@@ -958,3 +958,12 @@ def test_buffers_of_a_module_that_is_saved_whole_are_the_bases(name, tmp_path, t
     policy.save_pretrained(adapter)
     loaded = _policy_skeleton(skeleton(policy.config), [str(adapter)]).get_input_embeddings()
     assert torch.equal(loaded.modules_to_save["folded_0"].weight, policy.get_input_embeddings().weight.float())
+
+
+def test_a_base_in_another_quantisation_is_refused(bases, tmp_path):
+    _, adapter = trained(bases["llama"], tmp_path / "adapter", lora())
+    shutil.copytree(bases["llama"], tmp_path / "gptq")
+    path = tmp_path / "gptq" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(NotImplementedError, match=r"must be in 16 bit or in .*, got gptq in .*gptq. Name the 16-bit"):
+        merge_adapter(adapter, str(tmp_path / "out"), base=str(tmp_path / "gptq"))

@@ -10,11 +10,13 @@ import torch
 from datasets import Dataset
 
 from qlora_dpo import QLoRADPOTrainer
+from qlora_dpo.measures import accuracy
 from qlora_dpo.metrics import (
     COLUMNS,
     EVALUATE_MODULES,
     HIGHER_IS_BETTER,
     RunningSums,
+    outcomes,
     pair_table,
     preference_metrics,
     summarize,
@@ -24,6 +26,14 @@ from qlora_dpo.scores import Scores
 from reference_impl import pair_metrics
 from test_trainer import policy_of
 from tiny_chat import CHAT_ROWS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_tie_counts_one_half_in_tensors_arrays_and_modules(dtype):
+    margins = torch.tensor([2.0, 0.0, -1e-30, -0.0, 1e-30, torch.nan], dtype=dtype)
+    assert outcomes(margins).tolist() == outcomes(margins.float().numpy()).tolist() == [1, 0.5, 0, 0.5, 1, 0]
+    known = margins[:5].tolist()
+    assert preference_metrics(known, [0.0] * 5)["preference_accuracy"] == accuracy(known) == 0.6
 
 
 def batch_of(seed, completions=6, pairs=4):

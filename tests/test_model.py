@@ -18,7 +18,15 @@ from qlora_dpo.adapters import frozen_adapters, is_fresh, trained_adapters
 from qlora_dpo.errors import OutOfMemoryError
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
-from qlora_dpo.model import attach_adapter, default_quantization, keep_one_arithmetic, load_base, load_tokenizer
+from qlora_dpo.model import (
+    attach_adapter,
+    default_quantization,
+    keep_one_arithmetic,
+    load_base,
+    load_tokenizer,
+    load_trained,
+)
+from qlora_dpo.paths import UNKNOWN
 
 from test_trainer import trainer_of
 from tiny_chat import build_tiny_llama
@@ -309,3 +317,22 @@ def test_a_folder_without_a_tokenizer_is_named(base_folder, tmp_path):
 def test_a_quantisation_that_is_not_wanted_is_refused(base_folder):
     with pytest.raises(ValueError, match="`quantize` must be True with a `quantization_config`"):
         load_policy(base_folder, quantize=False, quantization_config=default_quantization())
+
+
+def test_an_adapter_that_transformers_loaded_is_refused(base_folder):
+    model = load_base(base_folder)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"must have no adapter yet, got one that transformers loaded. Load the base"):
+        attach_adapter(model)
+
+
+def test_an_adapter_on_one_that_was_in_memory_only_is_refused(policy, base_folder, tmp_path):
+    policy.save_pretrained(tmp_path)
+    (tmp_path / "qlora_dpo.json").write_text(json.dumps({"stacked_on": UNKNOWN}))
+    with pytest.raises(ValueError, match=r"must name the one .*, got one that was in memory only. Save that one, and"):
+        load_policy(base_folder, adapter=str(tmp_path))
+
+
+def test_a_checkpoint_without_weights_is_named(policy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"weights in adapter_model.safetensors, got none in {tmp_path}. Check"):
+        load_trained(policy, str(tmp_path))

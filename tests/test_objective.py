@@ -273,7 +273,7 @@ def test_desensitised_log_probs_by_hand():
 
 def test_desensitisation_needs_the_references_token_values():
     scores = replace(token_scores(), ref_token_logps=None)
-    with pytest.raises(ValueError, match="`ld_alpha` must be None with given `ref_logps`"):
+    with pytest.raises(ValueError, match=r"`ld_alpha` must be None with given `ref_logps`, got 0.5: .* Drop one"):
         objective_of("sigmoid", ld_alpha=0.5)(scores)
 
 
@@ -617,12 +617,12 @@ REFUSED = [
     ({"orpo_lambda": 1.0}, r"`orpo_lambda` must be 0.1 for .*, got 1.0. Losses that do: \['orpo'\]"),
     ({"cpo_alpha": 0.5}, r"`cpo_alpha` must be 1 for .*, got 0.5. Losses that do: \['cpo'\]"),
     ({"dpop_lambda": 5.0}, r"`dpop_lambda` must be 50 for .*, got 5.0. Losses that do: \['dpop'\]"),
-    ({"f_divergence_type": "kl"}, r"`f_divergence_type` must be one of \['reverse_kl', .*, got 'kl'"),
+    ({"f_divergence_type": "kl"}, r"`f_divergence_type` must be one of \['reverse_kl', .*, got 'kl'. Use"),
     ({"f_alpha_divergence_coef": 0.3}, "`f_alpha_divergence_coef` must be 0.5 for f_divergence_type='reverse_kl'"),
     ({**FORWARD, "f_alpha_divergence_coef": 0.3}, "must be 0.5 for f_divergence_type='forward_kl', which does not use"),
     (
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": math.inf},
-        "`f_alpha_divergence_coef` must be finite, got inf",
+        "`f_alpha_divergence_coef` must be finite, got inf. 1 is",
     ),
     (
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": math.nan},
@@ -671,7 +671,8 @@ def test_a_delta_given_as_an_option_is_refused_or_used():
     try:
         objective = make_objective(["bco_pair"], None, {"beta": 0.1, "bco_delta": 1.0})
     except ValueError as error:
-        assert "bco_delta" in str(error)
+        assert str(error).startswith("`bco_delta` must be left out, got 1.0: ")
+        assert "Set `bco_running_mean`" in str(error)
         return
     expected = LOSSES["bco_pair"](scores, beta=0.1, bco_delta=1.0)
     assert_close(objective(scores), expected)
@@ -732,11 +733,23 @@ def test_columns_of_values_are_refused_where_a_loss_has_no_use_for_them():
         (["sigmoid"], ["label_probs"], 0.15, "`label_smoothing` must be 0 with a column `label_probs`, .* got 0.15"),
         (["odpo"], [], 0.0, "must have an offset for each pair, got none. Add an `offsets` column"),
         (["sigmoid", "odpo"], ["weights"], 0.0, "Add an `offsets` column"),
+        (
+            ["sigmoid"],
+            ["offsets"],
+            0.0,
+            r"`offsets` must go with .*'odpo', .* got \['sigmoid'\]. Remove the column, or",
+        ),
+        (["simpo"], ["ref_logps"], 0.0, r"`ref_logps` must go with a loss .*, got \['simpo'\]. Remove the column"),
     ],
 )
 def test_a_refused_column_is_named_with_the_loss_and_the_way_out(names, columns, label_smoothing, message):
     with pytest.raises(ValueError, match=message):
         check_columns(objective_of(*names), columns, label_smoothing)
+
+
+def test_given_log_probabilities_have_no_token_to_count_less():
+    with pytest.raises(ValueError, match=r"`ld_alpha` must be None with a column `ref_logps`, got 0.5: .* Drop one"):
+        check_columns(objective_of("sigmoid", ld_alpha=0.5), ["ref_logps"])
 
 
 def test_every_value_column_that_a_loss_can_use_is_accepted():

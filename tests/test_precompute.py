@@ -181,10 +181,10 @@ def test_nothing_can_be_computed_before_a_stream_or_without_a_reference(tokenize
     options = {"precompute_ref_log_probs": True, "reference_cache": str(tmp_path / "c"), "max_steps": 1}
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
     trainer = QLoRADPOTrainer(policy, args=make_args(**options), train_dataset=stream, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="must be False for a stream"):
+    with pytest.raises(ValueError, match=r"must be False for a stream, .* got True. Set it to False"):
         trainer.train()
     rows = Dataset.from_list(ROWS)
     args = make_args(reference="none", **options)
     trainer = QLoRADPOTrainer(policy, args=args, train_dataset=rows, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="must be False without a reference"):
+    with pytest.raises(ValueError, match=r"must be False without a reference, got True. Set it to False"):
         trainer.train()

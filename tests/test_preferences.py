@@ -104,7 +104,10 @@ def test_all_equal_scores_make_no_pair_at_all(strategy):
         ({"prompt": "p", "completions": ["a", "b"]}, "must have the columns"),
         ({"prompt": "p", "completions": ["a", "b"], "pairs": [[0, 2]]}, "below 2"),
         ({"prompt": "p", "completions": ["a", "b"], "pairs": [[-1, 0]]}, "below 2"),
-        ({"prompt": "p", "completions": ["a", "b"], "pairs": [[1, 1]]}, "two different"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "pairs": [[1, 1]]},
+            r"two different completions, got \[1, 1\]. Remove",
+        ),
         ({"prompt": "p", "completions": ["a", "b"], "pairs": [[0]]}, "must hold"),
         ({"prompt": "p", "completions": ["a", "b"], "pairs": [[0, 1]], "scores": [0, 1]}, "must have one of"),
         ({"prompt": "p", "completions": ["a", "b"], "scores": [0, 1], "ranks": [1, 2]}, "must have one of"),
@@ -114,6 +117,7 @@ def test_all_equal_scores_make_no_pair_at_all(strategy):
         ({"prompt": "p", "chosen": [YES], "rejected": [NO]}, "all be text or all be messages"),
         ({"prompt": "p", "completions": ["a", "b"], "pairs": [0, 1]}, "below 2, the number of completions, got 0"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "text or a list of messages"),
+        ({"prompt": "p", "completions": "a", "ranks": [1, 2]}, "`completions` must be a list, got str. Convert"),
         (
             {"prompt": "p", "chosen": [YES | {"content": date(2024, 5, 1)}], "rejected": [NO]},
             "must be text or parts, got date",

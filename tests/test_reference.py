@@ -537,8 +537,18 @@ def test_a_moving_reference_resumes_where_it_was_and_is_never_exported(tokenizer
     ids=["dora", "embedding"],
 )
 def test_a_moving_reference_of_more_than_products_is_refused(tokenizer, lora):
-    with pytest.raises(NotImplementedError, match="must have a plain LoRA on linear layers"):
+    with pytest.raises(
+        NotImplementedError, match=r"must have a plain LoRA on linear layers, got another: .* Leave the option out"
+    ):
         make_reference("auto", policy_of(tokenizer, lora), average=(0.5, 8))
+
+
+def test_a_moving_reference_of_two_trained_adapters_is_refused(tokenizer):
+    policy = policy_of(tokenizer)
+    policy.add_adapter("more", LoraConfig(target_modules=["q_proj"]))
+    policy.base_model.set_adapter(["default", "more"])
+    with pytest.raises(NotImplementedError, match=r"must have one trained adapter, got \['default', 'more'\]. Freeze"):
+        make_reference("auto", policy, average=(0.5, 8))
 
 
 # ---- identities ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,20 @@ from transformers import BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy
 from qlora_dpo.__main__ import main
-from qlora_dpo.checkpoints import MANIFEST_NAME, checkpoint_to_resume, damage, rotate, write_manifest
+from qlora_dpo.checkpoints import (
+    MANIFEST_NAME,
+    checkpoint_to_resume,
+    damage,
+    load_step_state,
+    rotate,
+    save_step_state,
+    write_manifest,
+)
 from qlora_dpo.generations import GENERATIONS_NAME
+from qlora_dpo.objective import make_objective
+from qlora_dpo.reference import NoReference, make_reference
 from qlora_dpo.resuming import groups_fingerprint
+from qlora_dpo.step import Step
 
 from test_cli import train_words
 from test_trainer import RANKED, policy_of, trainer_of, weights
@@ -420,6 +432,31 @@ def test_a_checkpoint_holds_the_policys_adapter_and_no_other(tokenizer, make_arg
     assert not [path for path in (folder / "adapter_config.json").read_text().split('"') if path == "reference"]
 
 
+def test_a_running_mean_is_found_again_to_the_last_bit(tmp_path):
+    objective = make_objective(["bco_pair"], None, {"beta": 0.1}, bco_running_mean=True)
+    before, after = (Step(NoReference(), objective, 0.1) for _ in range(2))
+    before.bco_delta.add(torch.tensor([0.1, 0.2, -1 / 3]))
+    save_step_state(before, tmp_path)
+    load_step_state(after, tmp_path)
+    assert vars(after.bco_delta) == vars(before.bco_delta)
+
+
+def test_a_checkpoint_of_a_run_with_other_options_is_named(tokenizer, tmp_path):
+    moving = make_reference("auto", policy_of(tokenizer), average=(0.5, 8))
+    plain = make_objective(["sigmoid"], None, {"beta": 0.1})
+    shifted = make_objective(["bco_pair"], None, {"beta": 0.1}, bco_running_mean=True)
+    save_step_state(Step(NoReference(), plain, 0.1), tmp_path)
+    assert not files(tmp_path)
+    load_step_state(Step(NoReference(), plain, 0.1), tmp_path)
+    for step, option, name in (
+        (Step(moving, plain, 0.1), "sync_ref_model", "average.safetensors"),
+        (Step(NoReference(), shifted, 0.1), "bco_running_mean", "bco_delta.json"),
+    ):
+        said = f"with `{option}` must hold reference/{name}, got none in {tmp_path}. Go on with the options of the run"
+        with pytest.raises(RuntimeError, match=re.escape(said)):
+            load_step_state(step, tmp_path)
+
+
 def test_a_reference_adapter_is_not_in_the_checkpoint(base_folder, sft, chat_rows, tokenizer, make_args):
     policy = load_policy(base_folder, quantize=False, dtype=torch.float32)
     args = make_args(max_steps=1, reference=sft, **SAVING)
@@ -568,7 +605,9 @@ def test_a_longer_run_goes_on_by_its_own_schedule(tokenizer, make_args, tmp_path
 
     whole = rates("whole", 8)
     rates("short", 4)
-    with pytest.warns(UserWarning, match="for another number of steps .* goes on with 0.005 instead of 0"):
+    with pytest.warns(
+        UserWarning, match="for another number of steps .* goes on with 0.005 instead of 0. Set them back"
+    ):
         found = rates("short", 8, True)
     assert found[4:] == whole[4:]
     assert len(set(whole)) == 8

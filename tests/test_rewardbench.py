@@ -72,6 +72,8 @@ def test_an_adapter_is_judged_on_a_local_copy(base_folder, rows_file, tmp_path, 
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "e" / "metrics.json").read_text())["rewardbench"]
     assert [line.split()[0] for line in shown.splitlines()[-len(found) :]] == list(found)
+    assert main([*words, "--benchmark", "other"]) == 2
+    assert "`benchmark` must be rewardbench, got other. Leave it out" in capsys.readouterr().err
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rewardbench"] == found
     lines = [json.loads(line) for line in (tmp_path / "e" / "pairs.jsonl").read_text().splitlines()]

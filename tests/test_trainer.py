@@ -133,7 +133,9 @@ def test_liger_is_given_to_the_reference_model_too_and_no_effect_is_said(tokeniz
     args = make_args()
     args.use_liger_kernel = True
     policy, reference = policy_of(tokenizer), build_tiny_llama(tokenizer)
-    with pytest.warns(UserWarning, match="`use_liger_kernel` has no effect: Liger has no kernels for llama"):
+    with pytest.warns(
+        UserWarning, match="`use_liger_kernel` has no effect: Liger has no kernels for llama. Leave it out"
+    ):
         trainer_of(tokenizer, args, policy=policy, ref_model=reference)
     assert given == [policy, reference]
 
@@ -186,7 +188,7 @@ def test_a_router_loss_is_refused_for_a_model_without_a_router(tokenizer, make_a
 def test_several_gpus_in_one_process_are_refused(tokenizer, make_args, monkeypatch):
     args = make_args()
     monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="One process must see one GPU"):
+    with pytest.raises(RuntimeError, match=r"One process must see one GPU, got 2: .* Start one process per GPU"):
         trainer_of(tokenizer, args)
 
 
@@ -449,7 +451,9 @@ def test_a_loss_that_is_not_finite_is_shown(tokenizer, make_args):
 
 def test_a_quantised_model_without_adapters_is_refused(base_folder, make_args, chat_rows):
     model = AutoModelForCausalLM.from_pretrained(base_folder, quantization_config=default_quantization())
-    with pytest.raises(ValueError, match="A quantised model cannot be trained by itself"):
+    with pytest.raises(
+        ValueError, match=r"`model` must have an adapter to train, got a quantised one without. Pass `peft_config`"
+    ):
         QLoRADPOTrainer(model=model, args=make_args(), train_dataset=chat_rows)
 
 
@@ -464,7 +468,12 @@ def test_constructor_arguments_that_cannot_be_honoured_are_refused(tokenizer, ma
         ({"train_dataset": CHAT_ROWS}, TypeError, "Dataset.from_list"),
         ({"quantization_config": default_quantization()}, ValueError, "for a model that is loaded"),
         ({"processing_class": "tokenizer"}, TypeError, "must be a tokenizer"),
-        ({"model": build_tiny_llama(tokenizer)}, ValueError, "A model without adapters"),
+        ({"model": build_tiny_llama(tokenizer)}, ValueError, "`model` must have an adapter to train, got one without"),
+        (
+            {"args": make_args(model_init_kwargs={"token": "secret"})},
+            ValueError,
+            r"`model_init_kwargs` must be None for a model that is loaded, got \['token'\]. Load the model with them",
+        ),
     ]:
         with pytest.raises(error, match=message):
             QLoRADPOTrainer(**(common | options))
