@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig
 
 from qlora_dpo.config import QLoRADPOConfig
-from qlora_dpo.model import default_quantization, load_policy
+from qlora_dpo.model import default_quantization, device_map, load_policy
 from qlora_dpo.paths import adapter_folder
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -145,6 +145,7 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": args.trust_remote_code,
+        "device_map": device_map(args.use_cpu),
     }
     if model.dtype is not None:
         if model.dtype not in DTYPES:
