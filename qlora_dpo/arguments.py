@@ -244,7 +244,7 @@ def _quantization(quantization_config: Any, kwargs: dict[str, Any]) -> dict[str,
 
 def _loaded(model: str, args: QLoRADPOConfig, quantization_config: Any, peft_config: PeftConfig | None) -> PeftModel:
     """The model of a name, with an adapter to train."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, "device_map": device_map(args.use_cpu)}
+    kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "device_map": device_map(args.use_cpu)}
     kwargs |= _keywords(args.model_init_kwargs)
     kwargs = _quantization(quantization_config, kwargs)
     if adapter_folder(model):
