@@ -336,7 +336,8 @@ def test_lean_layers_compute_what_the_models_own_do_on_the_gpu(base_folder):
 
 
 def test_the_paged_eight_bit_optimizer_trains_on_the_gpu(base_folder, make_args):
-    lora = LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    """Of a rank at which matrices have the 100,000 weights that bitsandbytes pages."""
+    lora = LoraConfig(r=2048, target_modules="all-linear", task_type="CAUSAL_LM")
     args = make_args(max_steps=3, bf16=None, learning_rate=1e-3, optim="paged_adamw_8bit")
     rows = Dataset.from_list([ranked_row(seed) for seed in range(12)])
     trainer = QLoRADPOTrainer(load_policy(base_folder, peft_config=lora), args=args, train_dataset=rows)
@@ -346,4 +347,6 @@ def test_the_paged_eight_bit_optimizer_trains_on_the_gpu(base_folder, make_args)
     assert {p.dtype for p in trained} == {torch.float32}
     assert {state["state1"].dtype for state in states} == {torch.uint8}
     assert trainer.optimizer.optimizer.is_paged
+    paged = {(p.numel() >= 1e5, hasattr(s["state1"], "is_paged")) for p, s in zip(trained, states, strict=True)}
+    assert paged == {(True, True), (False, False)}
     assert trainer.state.log_history[2]["loss"] < trainer.state.log_history[0]["loss"]
