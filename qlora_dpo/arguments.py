@@ -22,7 +22,15 @@ from qlora_dpo.data_report import DataReport, show
 from qlora_dpo.errors import FixableError
 from qlora_dpo.layouts import GroupCollator
 from qlora_dpo.metrics import HIGHER_IS_BETTER, best_metric_key
-from qlora_dpo.model import attach_adapter, is_quantized, load_base, load_policy, load_tokenizer, with_pad_token
+from qlora_dpo.model import (
+    attach_adapter,
+    device_map,
+    is_quantized,
+    load_base,
+    load_policy,
+    load_tokenizer,
+    with_pad_token,
+)
 from qlora_dpo.objective import Objective, check_columns
 from qlora_dpo.origins import data_origin, named_origin
 from qlora_dpo.paths import adapter_folder, with_revision
@@ -237,7 +245,8 @@ def _quantization(quantization_config: Any, kwargs: dict[str, Any]) -> dict[str,
 
 def _loaded(model: str, args: QLoRADPOConfig, quantization_config: Any, peft_config: PeftConfig | None) -> PeftModel:
     """The model of a name, with an adapter to train."""
-    kwargs = {"trust_remote_code": args.trust_remote_code} | _keywords(args.model_init_kwargs)
+    kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "device_map": device_map(args.use_cpu)}
+    kwargs |= _keywords(args.model_init_kwargs)
     kwargs = _quantization(quantization_config, kwargs)
     if adapter_folder(model):
         kwargs |= {"gradient_checkpointing": bool(args.gradient_checkpointing)}
@@ -319,7 +328,7 @@ def reference_from(policy: PeftModel, ref_model: Any, args: QLoRADPOConfig) -> R
         ignored=args.objective.ignores_reference,
         in_4bit=args.reference_in_4bit,
         average=average,
-        model_kwargs={"trust_remote_code": args.trust_remote_code},
+        model_kwargs={"trust_remote_code": args.trust_remote_code, "device_map": device_map(args.use_cpu)},
     )
 
 

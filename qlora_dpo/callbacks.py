@@ -62,11 +62,13 @@ class KeepLayers(TrainerCallback):
             layer.gradient_checkpointing = recomputing and number < len(self.layers) - self.count  # type: ignore[assignment]
 
 
-def troubles(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def troubles(history: Sequence[Mapping[str, float]], loss_scaled: bool = False) -> dict[str, str]:
     """What a log shows that a person should know, by name.
 
     Args:
         history: Lines of `trainer.state.log_history`, oldest first.
+        loss_scaled: Whether the loss is scaled for fp16. A step whose gradient overflows is then left out, and the next
+            one has a smaller scale, until it fits: one line with such a norm says nothing.
 
     Returns:
         A sentence with a remedy by name: `grad_norm_not_finite`, `chosen_falls`, `ties`, `overfitting`.
@@ -74,7 +76,8 @@ def troubles(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     lines = [line for line in history if "rewards/margins" in line]
     evaluations = [line["eval_rewards/accuracies"] for line in history if "eval_rewards/accuracies" in line]
     found = {}
-    if lines and not math.isfinite(lines[-1].get("grad_norm", 0.0)):
+    norms = [line.get("grad_norm", 0.0) for line in lines[-(PATIENCE if loss_scaled else 1) :]]
+    if len(norms) == (PATIENCE if loss_scaled else 1) and not any(map(math.isfinite, norms)):
         found["grad_norm_not_finite"] = (
             f"The gradient's norm is {lines[-1]['grad_norm']} at step {lines[-1].get('step')}: the run is lost from "
             "here. Lower the learning rate, or compute in bf16 instead of fp16."
@@ -118,7 +121,7 @@ class WatchPreferences(TrainerCallback):
         """Look at the log so far."""
         if not state.is_world_process_zero:
             return
-        for name, sentence in troubles(state.log_history).items():
+        for name, sentence in troubles(state.log_history, args.fp16).items():
             if name not in self.said:
                 self.said.add(name)
                 warnings.warn(f"{name}: {sentence}", stacklevel=2)

@@ -95,8 +95,12 @@ def _help(text: str, **more: Any) -> dict[str, Any]:
 
 
 def best_precision() -> str:
-    """`bf16` where the device computes in it (a CPU does), else `fp16`."""
-    return "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
+    """`bf16` where the device computes in it (a CPU does), else `fp16`.
+
+    GPUs before Ampere hold bf16 too, and emulate its arithmetic: their matrix units have that of fp16 only.
+    """
+    lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp16" if lacks else "bf16"
 
 
 @dataclass(repr=False)  # a dataclass's own would show `hub_token`
@@ -328,7 +332,7 @@ class QLoRADPOConfig(TrainingArguments):
         if self.use_cpu and self.fp16:
             raise ValueError("`fp16` must be False on a CPU, got True. Use bf16, or neither for fp32.")
         if self.bf16 is None:
-            self.fp16 = bool(self.fp16) or best_precision() == "fp16"
+            self.fp16 = bool(self.fp16) or (not self.use_cpu and best_precision() == "fp16")
             self.bf16 = not self.fp16
 
     def _check(self) -> None:

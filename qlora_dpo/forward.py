@@ -55,16 +55,19 @@ def install_scoring(model: PreTrainedModel) -> None:
             router = {"output_router_logits": True} if ROUTER_LOSS in score["statistics"] else {}
             body = self.model if self.base_model is self else self.base_model  # Llama 4 names a prefix it does not have
             outputs = body(*args, use_cache=False, **named, **router)
-        rows = outputs.last_hidden_state.flatten(0, 1)[score["predictors"]]
+        hidden, home = outputs.last_hidden_state, score["targets"].device
+        predictors, targets = (score[name].to(hidden.device) for name in ("predictors", "targets"))
+        rows = hidden.flatten(0, 1)[predictors]
         statistics = [name for name in score["statistics"] if name not in (ROUTER_LOSS, ROWS)]
         head = self.get_output_embeddings()
-        found = token_scores(rows, head, score["targets"], rule, score["chunk_size"], statistics)
+        found = token_scores(rows, head, targets, rule, score["chunk_size"], statistics)
         if ROWS in score["statistics"]:
             found[ROWS] = rows.detach()
         if score.get("against") is not None:
-            both = (rows.detach(), score["against"].to(rows.dtype))
+            both = (rows.detach(), score["against"].to(rows))
             found[KL] = token_divergences(both, (head, head), (rule, rule), score["chunk_size"], head.out_features)
-        return found | {ROUTER_LOSS: _router_loss(self, outputs, kwargs)} if router else found
+        found |= {ROUTER_LOSS: _router_loss(self, outputs, kwargs)} if router else {}
+        return {name: value.to(home) for name, value in found.items()}  # from the last device of a model that is spread
 
     forward.scores = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)

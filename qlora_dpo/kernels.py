@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,8 @@ from qlora_dpo.errors import is_out_of_memory
 from qlora_dpo.layouts import Segment
 from qlora_dpo.segments import Packed, RowPlan, expanded, keys_of
 
-VARLEN, FLASH_ATTN, FLEX, BLOCKWISE, SEGMENTS = "varlen", "flash_attn", "flex", "blockwise", "segments"
+VARLEN, FLASH_ATTN, FLEX, FLEX_SMALL = "varlen", "flash_attn", "flex", "flex_small_tiles"
+BLOCKWISE, SEGMENTS = "blockwise", "segments"
 BF16_PRODUCTS = "bf16_products"
 """That the CPU multiplies matrices of bf16 at a speed worth having; beside the kernels among what is installed."""
 
@@ -187,8 +188,22 @@ def _left_and_right(window: int | None, max_k: int) -> tuple[int, int]:
 FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 """Rows below 128 positions would get a kernel for decoding, which does not compile for most groups of query heads."""
 
+SMALL_TILES = FLEX_OPTIONS | {
+    **{"num_stages": 1, "num_warps": 4, "fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16},
+    **{f"bwd_BLOCK_{side}": 16 for side in ("M1", "N1", "M2", "N2")},
+}
+"""For devices with less shared memory than PyTorch's own tiles take: 99 KiB a block at capability 8.6 and 8.9, where
+its backward pass has tiles of 64 positions, of 128 KiB with heads of 256. These are 64 KiB there in fp32."""
 
-def by_flex(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Recipe) -> Tensor:
+
+def by_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: RowPlan,
+    recipe: Recipe,
+    options: Mapping[str, int] = FLEX_OPTIONS,
+) -> Tensor:
     """One call of FlexAttention, which takes soft-caps, fp32, any head size, and sinks by its log-sum-exp.
 
     A sink adds e^sink to the softmax's denominator e^lse: its output is that without the sink times s(lse - sink).
@@ -202,7 +217,7 @@ def by_flex(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: Re
         scale=recipe.scale,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=None if recipe.sinks is None else AuxRequest(lse=True),
-        kernel_options=FLEX_OPTIONS,
+        kernel_options=dict(options),
     )
     if recipe.sinks is not None:
         output, aux = found
@@ -251,10 +266,11 @@ def by_block(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, recipe: R
     return blockwise_attention(query, key, value, plan.segments, recipe.scale, recipe.window)
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     VARLEN: by_torch_varlen,
     FLASH_ATTN: by_flash_attn,
     FLEX: by_flex,
+    FLEX_SMALL: functools.partial(by_flex, options=SMALL_TILES),
     BLOCKWISE: by_block,
     SEGMENTS: by_segment,
 }
@@ -306,8 +322,9 @@ def choose(case: Case, installed: frozenset[str]) -> str:
     """Name of the implementation for a case, among those installed; `SEGMENTS` takes every case.
 
     Flash kernels take 16-bit numbers and heads of one size, a multiple of 8 up to 256, and neither soft-cap nor sinks;
-    PyTorch's takes no dropout. FlexAttention takes no dropout, no fp64 and no head below 16. All of them are written
-    for CUDA devices of capability 8.0 and above. On a CPU attention by blocks takes what SDPA takes, in bf16 and fp32.
+    PyTorch's takes no dropout. FlexAttention takes no dropout, no fp64 and no head below 16; where its tiles are too
+    large for the device, smaller ones are next. All of them are written for CUDA devices of capability 8.0 and above.
+    On a CPU attention by blocks takes what SDPA takes, in bf16 and fp32.
     """
     size, value_size = case.head_sizes
     plain = case.softcap is None and not case.sinks
@@ -322,8 +339,8 @@ def choose(case: Case, installed: frozenset[str]) -> str:
             return VARLEN
         if FLASH_ATTN in installed:
             return FLASH_ATTN
-    if FLEX in installed and not case.dropout and (half or case.dtype is torch.float32) and min(case.head_sizes) >= 16:
-        return FLEX
+    if not case.dropout and (half or case.dtype is torch.float32) and min(case.head_sizes) >= 16:
+        return next((name for name in (FLEX, FLEX_SMALL) if name in installed), SEGMENTS)
     return SEGMENTS
 
 
@@ -350,7 +367,7 @@ def installed_kernels() -> frozenset[str]:
     there = {
         VARLEN: nvidia and torch_varlen() is not None and torch.backends.cuda.is_flash_attention_available(),
         FLASH_ATTN: nvidia and flash_attn_varlen() is not None,
-        FLEX: nvidia and importlib.util.find_spec("triton") is not None,
+        **dict.fromkeys((FLEX, FLEX_SMALL), nvidia and importlib.util.find_spec("triton") is not None),
         BLOCKWISE: True,
         BF16_PRODUCTS: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     }

@@ -212,7 +212,8 @@ def any_head_token_scores(
     """The same as `frozen_head_token_scores` for any head module, by recomputing each tile in the backward pass."""
 
     def score(rows: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        found = _AnyHead.apply(rule.apply(widen(head(rows))), ids, statistics)
+        logits = rule.apply(widen(head(rows)))
+        found = _AnyHead.apply(logits, ids.to(logits.device), statistics)  # a head may be elsewhere
         return dict(zip(("token_logps", *statistics), found, strict=True))
 
     chunk = chunk_length(vocabulary, chunk_size, width=4)

@@ -166,8 +166,8 @@ class RunningSums:
 
     def add(self, table: Tensor, unique_tokens: int) -> None:
         """Add a `(T, len(COLUMNS))` table of a batch that placed `unique_tokens` tokens."""
-        extra = torch.tensor([table.shape[0], unique_tokens], dtype=table.dtype, device=table.device)
-        row = torch.cat((table[:, : len(COLUMNS)].sum(0), extra))
+        counts = [table.new_full((1,), number) for number in (table.shape[0], unique_tokens)]  # no wait for the device
+        row = torch.cat((table[:, : len(COLUMNS)].sum(0), *counts))
         self._total = row if self._total is None else self._total.to(row) + row
 
     def state(self) -> list[float]:

@@ -95,9 +95,9 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
-def device_map() -> dict[str, Any]:
-    """The whole model on this process's device."""
-    if not torch.accelerator.is_available():
+def device_map(on_cpu: bool = False) -> dict[str, Any]:
+    """The whole model on this process's device; in CPU memory where there is no other, or if asked to."""
+    if on_cpu or not torch.accelerator.is_available():
         return {"": "cpu"}
     return {"": int(os.environ.get("LOCAL_RANK", 0))}
 

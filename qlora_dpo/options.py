@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.footprint import MemoryOptions
-from qlora_dpo.model import default_quantization, load_policy
+from qlora_dpo.model import default_quantization, device_map, load_policy
 from qlora_dpo.paths import adapter_folder
 from qlora_dpo.typed import help_of
 
@@ -142,6 +142,7 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": args.trust_remote_code,
+        "device_map": device_map(args.use_cpu),
     }
     if model.dtype is not None:
         if model.dtype not in DTYPES:

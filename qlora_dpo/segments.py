@@ -160,12 +160,12 @@ def _packed(segments: Sequence[Segment], device: torch.device) -> Packed:
         pieces = [torch.arange(first, first + n) for pair in zip(*runs, strict=True) for first, n in pair]
         own = [torch.arange(s.length) + first + s.prefix_length for s, first in firsts]
         bounds += [torch.cat(pieces), torch.cat(own)]
-    there = _on(device, torch.cat(bounds).int()).split([len(part) for part in bounds])
+    there = sent(device, torch.cat(bounds).int()).split([len(part) for part in bounds])
     positions, own_positions = there[2:] if prefixes else (None, None)
     return Packed(positions, own_positions, prefixes, there[0], there[1], max(queries), max(keys))
 
 
-def _on(device: torch.device, host: Tensor) -> Tensor:
+def sent(device: torch.device, host: Tensor) -> Tensor:
     """A tensor of the host on a device, without waiting for what the device has to do before."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
@@ -184,7 +184,7 @@ def _bounds(segments: Sequence[Segment], window: int | None) -> tuple[Tensor, Te
 def _block_mask(segments: Sequence[Segment], window: int | None, device: torch.device) -> BlockMask:
     """The mask by its bounds and by blocks; `create_block_mask` would hold `(L, L)` values on the way."""
     # Contiguous: compiled code cannot read columns of one table everywhere.
-    own, prefix, prefix_end = (bound.to(device, torch.int32).contiguous() for bound in _bounds(segments, window))
+    own, prefix, prefix_end = (sent(device, bound.int().contiguous()) for bound in _bounds(segments, window))
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return ((k >= own[q]) & (k <= q)) | ((k >= prefix[q]) & (k < prefix_end[q]))

@@ -20,6 +20,7 @@ from qlora_dpo.objective import Objective, RunningMean
 from qlora_dpo.reference import LiveReference, Reference
 from qlora_dpo.remembered import Remembered
 from qlora_dpo.scores import Scores, scores_of_sides, sides_table
+from qlora_dpo.segments import sent
 
 
 @dataclass
@@ -52,7 +53,8 @@ class Step:
         """What the policy is compared with: the log-probabilities that the data brings, or the reference's."""
         if "ref_logps" not in batch:
             return self.reference(model, batch)
-        return {"logps": torch.tensor(batch["ref_logps"], dtype=torch.float32, device=batch["yw_idxs"].device)}
+        given = torch.tensor(batch["ref_logps"], dtype=torch.float32)
+        return {"logps": sent(batch["yw_idxs"].device, given)}
 
     def scores(
         self,
@@ -184,8 +186,9 @@ class Step:
 def _scores_of(batch: dict[str, Any], reference: dict[str, Tensor], tokens: dict[str, Tensor]) -> Scores:
     """Scores of a batch from token values, differentiable in `token_logps`."""
     token_logps = tokens["token_logps"]
+    device = token_logps.device
     given = {
-        name: torch.tensor(batch[name], dtype=token_logps.dtype, device=token_logps.device)
+        name: sent(device, torch.tensor(batch[name], dtype=token_logps.dtype))
         for name in ("weights", "label_probs", "offsets")
         if name in batch
     }
@@ -194,7 +197,7 @@ def _scores_of(batch: dict[str, Any], reference: dict[str, Tensor], tokens: dict
         ref_logps=reference["logps"],
         yw_idxs=batch["yw_idxs"],
         yl_idxs=batch["yl_idxs"],
-        lengths=torch.tensor(batch["lengths"], device=token_logps.device),
+        lengths=sent(device, torch.tensor(batch["lengths"])),
         group=batch["group"],
         pi_token_logps=token_logps,
         ref_token_logps=reference.get("token_logps"),

@@ -38,6 +38,14 @@ def test_a_gradient_that_is_not_finite_is_named_at_once():
     assert "at step 1" in troubles([line(1, grad_norm=float("nan"))])["grad_norm_not_finite"]
 
 
+def test_a_scale_of_the_loss_that_finds_its_size_is_left_alone():
+    """In fp16 the first steps may overflow and are left out; where that does not end it is named."""
+    log = [line(step, grad_norm=float("inf")) for step in (1, 2, 3)]
+    assert "grad_norm_not_finite" not in troubles(log[:2], loss_scaled=True)
+    assert "grad_norm_not_finite" not in troubles([*log[:2], line(3)], loss_scaled=True)
+    assert "at step 3" in troubles(log, loss_scaled=True)["grad_norm_not_finite"]
+
+
 def test_ties_that_stay_are_named():
     log = [line(step, **{"rewards/ties": 0.9}) for step in range(1, 5)]
     assert "ties" in troubles(log)

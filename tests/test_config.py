@@ -1,13 +1,14 @@
 """Options: defaults, and no option that lies."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from qlora_dpo import QLoRADPOConfig
-from qlora_dpo.config import _NOT_BUILT
+from qlora_dpo.config import _NOT_BUILT, best_precision
 
 
 def make(tmp_path, **options):
@@ -32,6 +33,17 @@ def test_device_and_precision_are_set_where_there_is_no_accelerator(tmp_path, mo
     assert args.use_cpu
     assert args.bf16
     assert not make(tmp_path, bf16=False).bf16
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, "fp16"), (8, "bf16"), (9, "bf16")])
+def test_a_gpu_that_only_emulates_bf16_computes_in_fp16(tmp_path, monkeypatch, major, expected):
+    """As one of capability 7.5 does, on which a tensor of bf16 can be made."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr("torch.cuda._check_bf16_tensor_supported", lambda device: True)
+    assert best_precision() == expected
+    assert make(tmp_path, use_cpu=True).arithmetic == "bf16"  # the CPU's
 
 
 def test_loss_type_may_be_a_name(tmp_path):

@@ -12,8 +12,33 @@ from qlora_dpo.layouts import Group, make_batch
 
 from tiny_chat import build_tiny_llama
 
-BATCH = make_batch([Group([9, 12, 14], [[10, 11, 8, 2], [13, 9, 2]], [(0, 1)])], "tree")
+GROUPS = [Group([9, 12, 14], [[10, 11, 8, 2], [13, 9, 2]], [(0, 1)])]
+BATCH = make_batch(GROUPS, "tree")
 IDS = torch.tensor([[9, 10, 11]])
+
+
+class ElsewhereUntilSent:
+    """Indices that are on another device than the hidden states, as of a model whose layers are spread over GPUs."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, indices):
+        self.indices, self.sent_to = indices, []
+
+    def to(self, device):
+        self.sent_to.append(device)
+        return self.indices
+
+
+def test_scored_positions_and_targets_go_where_the_hidden_states_are(tokenizer):
+    model = build_tiny_llama(tokenizer)
+    install_scoring(model)
+    batch = make_batch(GROUPS, "padded")
+    score = {name: ElsewhereUntilSent(batch[name]) for name in ("predictors", "targets")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    found = model(**inputs, score={**score, "chunk_size": None, "statistics": ()})["token_logps"]
+    assert torch.equal(found, score_batch(model, batch)["token_logps"])
+    assert [indices.sent_to for indices in score.values()] == [[found.device]] * 2
 
 
 def test_without_score_the_forward_is_the_models_own(tokenizer):

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import FlexKernelOptions
 from torch.utils.checkpoint import checkpoint
 
 from qlora_dpo import kernels
@@ -19,7 +20,9 @@ from qlora_dpo.kernels import (
     BLOCKWISE,
     FLASH_ATTN,
     FLEX,
+    FLEX_SMALL,
     SEGMENTS,
+    SMALL_TILES,
     VARLEN,
     Case,
     Recipe,
@@ -32,7 +35,7 @@ from qlora_dpo.kernels import (
 )
 from qlora_dpo.layouts import Segment, make_batch
 from qlora_dpo.recompute import checkpoint_activations
-from qlora_dpo.segments import RowPlan
+from qlora_dpo.segments import BLOCK, RowPlan
 
 from random_rows import random_groups
 from tiny_models import add_lora, build
@@ -224,7 +227,14 @@ def test_flex_attention_equals_attention_written_out(layout, window, softcap, si
     query, key, value, _ = row(segments, heads, kv_heads, 16, dtype=torch.float32)
     recipe = Recipe(0.7, window, 0.0, softcap, torch.linspace(-2, 2, heads) if sinks else None)
     truth = by_segment(query.double(), key.double(), value.double(), RowPlan(segments), recipe)
-    assert (by_flex(query, key, value, RowPlan(segments), recipe) - truth).abs().max() < 1e-5
+    for name in (FLEX, FLEX_SMALL):
+        assert (kernels.IMPLEMENTATIONS[name](query, key, value, RowPlan(segments), recipe) - truth).abs().max() < 1e-5
+
+
+def test_small_tiles_are_options_that_flex_attention_has_and_parts_of_its_blocks():
+    known = FlexKernelOptions.__annotations__
+    assert {name.removeprefix("fwd_").removeprefix("bwd_") for name in SMALL_TILES} <= set(known)
+    assert all(BLOCK % size == 0 for name, size in SMALL_TILES.items() if "BLOCK" in name)
 
 
 def test_flex_attention_is_compiled_for_more_kinds_of_arguments_than_dynamo_allows():
@@ -326,6 +336,9 @@ def case(**changes):
         ({"dropout": True}, {VARLEN, FLEX}, SEGMENTS),
         ({"softcap": 50.0}, ALL, FLEX),
         ({"softcap": 50.0}, {VARLEN, FLASH_ATTN}, SEGMENTS),
+        ({"softcap": 50.0}, {FLEX, FLEX_SMALL}, FLEX),
+        ({"softcap": 50.0}, {VARLEN, FLEX_SMALL}, FLEX_SMALL),
+        ({"softcap": 50.0, "dropout": True}, {FLEX_SMALL}, SEGMENTS),
         ({"softcap": 50.0, "dropout": True}, ALL, SEGMENTS),
         ({"sinks": True}, ALL, FLEX),
         ({"sinks": True}, {VARLEN, FLASH_ATTN}, SEGMENTS),
@@ -433,6 +446,20 @@ def test_a_kernel_that_fails_its_trial_is_warned_about_and_not_used(stand_in, ch
     stand_in("torch_varlen", kernel)
     with pytest.warns(UserWarning, match=f"without the kernel 'varlen' on cpu: .*{reason}"):
         assert chosen() == SEGMENTS
+
+
+def test_tiles_beyond_the_shared_memory_of_the_device_make_way_for_smaller_ones(monkeypatch):
+    def too_large(*args):
+        raise RuntimeError("out of resource: shared memory, Required: 131074, Hardware limit: 101376.")
+
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, FLEX, too_large)
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, FLEX_SMALL, by_segment)  # FlexAttention has no backward on a CPU
+    monkeypatch.setattr(kernels, "installed_kernels", lambda: frozenset({FLEX, FLEX_SMALL}))
+    monkeypatch.setattr(
+        kernels, "choose", lambda _, there: next((name for name in (FLEX, FLEX_SMALL) if name in there), SEGMENTS)
+    )
+    with pytest.warns(UserWarning, match="without the kernel 'flex' on cpu: .*shared memory"):
+        assert kernels.implementation_for.__wrapped__(SMALL) == FLEX_SMALL
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig, PhimoeConfig
 
 from qlora_dpo import load_policy
 from qlora_dpo.adapters import frozen_adapters, is_fresh, trained_adapters
+from qlora_dpo.arguments import policy_from, reference_from
 from qlora_dpo.errors import OutOfMemoryError
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
@@ -26,6 +27,7 @@ from qlora_dpo.model import (
     load_tokenizer,
     load_trained,
 )
+from qlora_dpo.options import ModelArguments, chosen_policy
 from qlora_dpo.paths import UNKNOWN
 
 from test_trainer import trainer_of
@@ -312,6 +314,18 @@ def test_a_folder_without_a_tokenizer_is_named(base_folder, tmp_path):
         shutil.copy(Path(base_folder, name), tmp_path)
     with pytest.raises(FileNotFoundError, match=f"The folder {tmp_path} must hold a tokenizer, got none of its files"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_run_on_the_cpu_loads_its_models_there_though_there_is_a_gpu(base_folder, tmp_path, make_args, monkeypatch):
+    args = make_args(use_cpu=True, reference=base_folder)
+    adapter = str(tmp_path / "adapter")
+    load_policy(base_folder).save_pretrained(adapter)
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.accelerator.is_available", lambda: True)
+        policies = [policy_from(base_folder, args, None, None), policy_from(adapter, args, None, None)]
+        policies.append(chosen_policy(ModelArguments(model_name_or_path=base_folder), args))
+        reference = reference_from(policies[0], None, args)
+    assert {policy.device.type for policy in (*policies, reference.model)} == {"cpu"}
 
 
 def test_a_quantisation_that_is_not_wanted_is_refused(base_folder):
