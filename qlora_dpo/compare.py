@@ -42,7 +42,7 @@ class MergeDifference:
 
 
 @dataclass(frozen=True)
-class Scores:
+class SampleScores:
     """What a model says of the sample rows.
 
     Attributes:
@@ -79,7 +79,7 @@ class Sample:
         """A padded batch for each row: the slow truth, which needs no proof."""
         return (to_device(make_batch([group], "padded", self.pad_token_id), device) for group in self.groups)
 
-    def scores(self, model: Any, device: torch.device) -> Scores:
+    def scores(self, model: Any, device: torch.device) -> SampleScores:
         """The scores of a model that was prepared by `install_scoring`."""
         with torch.no_grad():
             found = [score_batch(model, batch) for batch in self.batches(device)]
@@ -88,10 +88,12 @@ class Sample:
         for group in self.groups:
             margins += [self.beta * (ratios[first + w] - ratios[first + l]) for w, l in group.pairs]
             first += len(group.completion_ids)
-        return Scores(tokens, logps, torch.stack(margins))
+        return SampleScores(tokens, logps, torch.stack(margins))
 
 
-def scored_as_trained(adapter: str, rows: Dataset, reference: str | None, **model_kwargs: Any) -> tuple[Sample, Scores]:
+def scored_as_trained(
+    adapter: str, rows: Dataset, reference: str | None, **model_kwargs: Any
+) -> tuple[Sample, SampleScores]:
     """The sample rows, and what 4-bit base and adapter, computed as in training, say of them."""
     scorer = load_scorer(adapter, reference, **model_kwargs)
     groups = _groups(rows, scorer.tokenizer, read_record(adapter))
@@ -110,7 +112,7 @@ def _groups(rows: Dataset, tokenizer: PreTrainedTokenizerBase, record: AdapterRe
     return [Group(row["prompt_ids"], row["completion_ids"], [(w, l) for w, l in row["pairs"]]) for row in found]
 
 
-def compared(sample: Sample, folder: Path, dtype: str, before: Scores, **model_kwargs: Any) -> MergeDifference:
+def compared(sample: Sample, folder: Path, dtype: str, before: SampleScores, **model_kwargs: Any) -> MergeDifference:
     """A merged model as transformers loads it beside base and adapter."""
     gc.collect()  # the model before this one
     device = _roomiest(sum(path.stat().st_size for path in weight_files(folder)))

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from qlora_dpo.blockwise import blockwise_attention
 from qlora_dpo.errors import is_out_of_memory
 from qlora_dpo.layouts import Segment
-from qlora_dpo.segments import Packed, RowPlan, expanded, keys_of
+from qlora_dpo.segments import EndToEnd, RowPlan, expanded, keys_of
 
 VARLEN, FLASH_ATTN, FLEX, FLEX_SMALL = "varlen", "flash_attn", "flex", "flex_small_tiles"
 BLOCKWISE, SEGMENTS = "blockwise", "segments"
@@ -137,15 +137,15 @@ def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, re
     """One call of PyTorch's flash attention for sequences of different lengths."""
     run = torch_varlen()
     assert run is not None
-    packed = plan.packed(query.device)
-    queries, keys, values = _end_to_end(query, key, value, packed)
+    row = plan.end_to_end(query.device)
+    queries, keys, values = _laid(query, key, value, row)
     named: dict[str, Any] = {}
     if _takes(run, "enable_gqa"):
         named["enable_gqa"] = queries.shape[1] != keys.shape[1]
     else:
         keys, values = expanded(keys, queries.shape[1], 1), expanded(values, queries.shape[1], 1)
-    lengths = (packed.cu_q, packed.cu_k, packed.max_q, packed.max_k)
-    window = _left_and_right(recipe.window, packed.max_k)
+    lengths = (row.cu_q, row.cu_k, row.max_q, row.max_k)
+    window = _left_and_right(recipe.window, row.max_k)
     return run(queries, keys, values, *lengths, scale=recipe.scale, window_size=window, **named)[None]
 
 
@@ -153,27 +153,27 @@ def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, reci
     """One call of the package flash-attn."""
     run = flash_attn_varlen()
     assert run is not None
-    packed = plan.packed(query.device)
-    queries, keys, values = _end_to_end(query, key, value, packed)
+    row = plan.end_to_end(query.device)
+    queries, keys, values = _laid(query, key, value, row)
     return run(
         queries,
         keys,
         values,
-        cu_seqlens_q=packed.cu_q,
-        cu_seqlens_k=packed.cu_k,
-        max_seqlen_q=packed.max_q,
-        max_seqlen_k=packed.max_k,
+        cu_seqlens_q=row.cu_q,
+        cu_seqlens_k=row.cu_k,
+        max_seqlen_q=row.max_q,
+        max_seqlen_k=row.max_k,
         dropout_p=recipe.dropout,
         softmax_scale=recipe.scale,
         causal=True,
-        window_size=_left_and_right(recipe.window, packed.max_k),
+        window_size=_left_and_right(recipe.window, row.max_k),
     )[None]
 
 
-def _end_to_end(query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+def _laid(query: Tensor, key: Tensor, value: Tensor, row: EndToEnd) -> tuple[Tensor, Tensor, Tensor]:
     """`(L, h, d)`, `(K, g, d)` and `(K, g, d_v)`: the row without its batch dimension, its keys gathered by segment."""
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
-    return queries, packed.gather(keys), packed.gather(values)
+    return queries, row.gather(keys), row.gather(values)
 
 
 def _left_and_right(window: int | None, max_k: int) -> tuple[int, int]:

@@ -59,7 +59,7 @@ def keys_of(x: Tensor, segment: Segment) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Packed:
+class EndToEnd:
     """The segments end to end, as kernels for sequences of different lengths take them.
 
     The queries of the segments are the row itself. A segment's keys are those of its prefix and its own, so that
@@ -96,21 +96,21 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
-        assert packed.keys is not None
-        ctx.packed = packed
-        return x.index_select(0, packed.keys)
+    def forward(ctx: Any, x: Tensor, row: EndToEnd) -> Tensor:
+        assert row.keys is not None
+        ctx.row = row
+        return x.index_select(0, row.keys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        found = upstream.index_select(0, ctx.packed.own)
+        found = upstream.index_select(0, ctx.row.own)
         wide = torch.promote_types(found.dtype, torch.float32)
         prompts: dict[int, int] = {}
-        for _, start, length in ctx.packed.prefixes:
+        for _, start, length in ctx.row.prefixes:
             prompts[start] = max(length, prompts.get(start, 0))
         sums = {start: found[start : start + length].to(wide, copy=True) for start, length in prompts.items()}
-        for first, start, length in ctx.packed.prefixes:
+        for first, start, length in ctx.row.prefixes:
             sums[start][:length] += upstream[first : first + length]
         for start, total in sums.items():
             found[start : start + len(total)] = total
@@ -135,9 +135,9 @@ class RowPlan:
             lambda: [visible(s.length, s.prefix_length, window, device) for s in self.segments],
         )
 
-    def packed(self, device: torch.device) -> Packed:
+    def end_to_end(self, device: torch.device) -> EndToEnd:
         """The segments end to end."""
-        return self._once(("packed", device), lambda: _packed(self.segments, device))
+        return self._once(("end_to_end", device), lambda: _end_to_end(self.segments, device))
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
         """`(L, L)` mask of the whole row, for FlexAttention."""
@@ -149,7 +149,7 @@ class RowPlan:
         return self._made[key]
 
 
-def _packed(segments: Sequence[Segment], device: torch.device) -> Packed:
+def _end_to_end(segments: Sequence[Segment], device: torch.device) -> EndToEnd:
     queries = [s.length for s in segments]
     keys = [s.prefix_length + s.length for s in segments]
     bounds = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
@@ -162,7 +162,7 @@ def _packed(segments: Sequence[Segment], device: torch.device) -> Packed:
         bounds += [torch.cat(pieces), torch.cat(own)]
     there = sent(device, torch.cat(bounds).int()).split([len(part) for part in bounds])
     positions, own_positions = there[2:] if prefixes else (None, None)
-    return Packed(positions, own_positions, prefixes, there[0], there[1], max(queries), max(keys))
+    return EndToEnd(positions, own_positions, prefixes, there[0], there[1], max(queries), max(keys))
 
 
 def sent(device: torch.device, host: Tensor) -> Tensor:

@@ -18,43 +18,43 @@ TREE = [Segment(0, 4), Segment(4, 2, 0, 3), Segment(6, 1), Segment(7, 1, 6, 1)]
 
 
 def test_keys_are_gathered_as_prefix_and_own_run():
-    packed = RowPlan(TREE).packed(CPU)
-    assert packed.keys.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 6, 6, 7]
-    assert packed.cu_q.tolist() == [0, 4, 6, 7, 8]
-    assert packed.cu_k.tolist() == [0, 4, 9, 10, 12]
-    assert (packed.max_q, packed.max_k) == (4, 5)
-    assert packed.cu_q.dtype == packed.cu_k.dtype == torch.int32
-    assert packed.own.tolist() == [0, 1, 2, 3, 7, 8, 9, 11]
-    assert packed.prefixes == [(4, 0, 3), (10, 6, 1)]
+    row = RowPlan(TREE).end_to_end(CPU)
+    assert row.keys.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 6, 6, 7]
+    assert row.cu_q.tolist() == [0, 4, 6, 7, 8]
+    assert row.cu_k.tolist() == [0, 4, 9, 10, 12]
+    assert (row.max_q, row.max_k) == (4, 5)
+    assert row.cu_q.dtype == row.cu_k.dtype == torch.int32
+    assert row.own.tolist() == [0, 1, 2, 3, 7, 8, 9, 11]
+    assert row.prefixes == [(4, 0, 3), (10, 6, 1)]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_gradient_of_gathered_keys_is_that_of_indexing(seed):
     segments = make_batch(random_groups(seed, scale=5), "tree")["segments"]
-    packed = RowPlan(segments).packed(CPU)
-    assert len({start for _, start, _ in packed.prefixes}) > 1
+    row = RowPlan(segments).end_to_end(CPU)
+    assert len({start for _, start, _ in row.prefixes}) > 1
     x = torch.randn(segments[-1].start + segments[-1].length, 2, 8, dtype=torch.float64, requires_grad=True)
-    cotangent = torch.randn(len(packed.keys), 2, 8, dtype=torch.float64)
-    assert torch.equal(packed.gather(x), x[packed.keys])
-    (found,), (expected,) = (torch.autograd.grad(run, x, cotangent) for run in (packed.gather(x), x[packed.keys]))
+    cotangent = torch.randn(len(row.keys), 2, 8, dtype=torch.float64)
+    assert torch.equal(row.gather(x), x[row.keys])
+    (found,), (expected,) = (torch.autograd.grad(run, x, cotangent) for run in (row.gather(x), x[row.keys]))
     assert (found - expected).abs().max() < 1e-12
 
 
 def test_a_prompt_of_many_completions_gets_its_gradient_rounded_once():
     """64 completions, each with a share of 2^-9 beside the prompt's own 1: added up in bf16 they would be lost."""
     segments = [Segment(0, 1), *(Segment(i, 1, 0, 1) for i in range(1, 65))]
-    packed = RowPlan(segments).packed(CPU)
+    row = RowPlan(segments).end_to_end(CPU)
     x = torch.ones(65, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    shares = torch.ones(len(packed.keys), 1, 1, dtype=torch.bfloat16)
+    shares = torch.ones(len(row.keys), 1, 1, dtype=torch.bfloat16)
     shares[1::2] = 2**-9
-    (found,) = torch.autograd.grad(packed.gather(x), x, shares)
+    (found,) = torch.autograd.grad(row.gather(x), x, shares)
     assert found.flatten().tolist() == [1.125] + [1.0] * 64
 
 
 def test_sequences_of_their_own_gather_nothing():
-    packed = RowPlan([Segment(0, 4), Segment(4, 5)]).packed(CPU)
-    assert packed.keys is None
-    assert packed.cu_q.tolist() == packed.cu_k.tolist() == [0, 4, 9]
+    row = RowPlan([Segment(0, 4), Segment(4, 5)]).end_to_end(CPU)
+    assert row.keys is None
+    assert row.cu_q.tolist() == row.cu_k.tolist() == [0, 4, 9]
 
 
 def dense(segments, window):
@@ -94,7 +94,7 @@ def chosen_blocks(counts, indices):
 
 def test_each_thing_is_made_once_per_window():
     plan = RowPlan(TREE)
-    assert plan.packed(CPU) is plan.packed(CPU)
+    assert plan.end_to_end(CPU) is plan.end_to_end(CPU)
     assert plan.masks(2, CPU) is plan.masks(2, CPU)
     assert plan.block_mask(2, CPU) is plan.block_mask(2, CPU)
     assert plan.masks(2, CPU) is not plan.masks(None, CPU)
