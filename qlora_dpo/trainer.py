@@ -302,7 +302,7 @@ class QLoRADPOTrainer(SavingTrainer):
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """What a run returns that has no step left: `Trainer` would make one more in the middle of an epoch."""
         state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-        if not 0 < self.args.max_steps <= state.global_step:
+        if not 0 < self._steps(state) <= state.global_step:
             return None
         self._load_from_checkpoint(checkpoint)
         end = Path(self.args.output_dir, TRAINER_STATE_NAME)  # which has the line of the whole training, too
@@ -316,6 +316,14 @@ class QLoRADPOTrainer(SavingTrainer):
             self._load_best_model()
         metrics: dict[str, float] = next((line for line in reversed(state.log_history) if "train_runtime" in line), {})
         return TrainOutput(state.global_step, metrics.get("train_loss", 0.0), metrics)
+
+    def _steps(self, state: TrainerState) -> int:
+        """Steps of the whole training, which may end in the middle of an epoch."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        if self.args.auto_find_batch_size and state.train_batch_size:
+            self._train_batch_size = state.train_batch_size  # as `Trainer` will
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def _memory(self) -> Remembered | None:
         """What the evaluations of a training remember of the reference; None of one that moves or that is on disk."""

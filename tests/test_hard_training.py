@@ -608,9 +608,11 @@ def test_weights_in_fp32_are_measured_by_the_arithmetic_they_compute_in(tmp_path
     assert trainer.data_collator.layout == "tree", trainer.layout_proof
 
 
-def test_a_finished_run_that_goes_on_has_nothing_to_do(tmp_path):
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 0.25}, {"num_train_epochs": 1.5}])
+def test_a_finished_run_that_goes_on_has_nothing_to_do(tmp_path, length):
     """In the middle of an epoch it made one step more."""
-    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", **length}
+    options["per_device_train_batch_size"] = 6 if length == {"num_train_epochs": 1.5} else 1
     first = trainer_of(tmp_path, CHAT_ROWS, **options)
     first.train()
     again = trainer_of(tmp_path, CHAT_ROWS, **options)
