@@ -258,7 +258,8 @@ class QLoRADPOTrainer(SavingTrainer):
         """As `Trainer.train`, after the checks on logits, layout and start.
 
         Args:
-            resume_from_checkpoint: True for the last complete checkpoint in `output_dir`, or the path of one.
+            resume_from_checkpoint: True for the last complete checkpoint in `output_dir`, or the path of one; None for
+                what the configuration says.
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
 
@@ -267,7 +268,8 @@ class QLoRADPOTrainer(SavingTrainer):
         """
         if self.train_dataset is None:
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
-        checkpoint = self._complete_checkpoint(resume_from_checkpoint)
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = self._complete_checkpoint(asked)
         self._run = run_facts(self.args, self.train_dataset, self.model, self.sharded)
         if checkpoint is None and self.args.process_index == 0:
             warn_of_others(self.args.output_dir)
