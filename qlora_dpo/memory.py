@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qlora_dpo.footprint import OPTIMIZERS, MemoryOptions, Shape, held, phases
+from qlora_dpo.footprint import OPTIMIZERS, TO_HOST, MemoryOptions, Shape, held, phases
 from qlora_dpo.shapes import shape_of
 
 GIB = 2**30
@@ -140,6 +140,7 @@ class MemoryPlan:
             and not ("optim" in saver.change and OPTIMIZERS[self.options.optim] == 8)
             and not ("quantize_head" in saver.change and not self.options.quantize)
             and not (saver.change.keys() & _NEED_OWN_HEAD and not self.shape.head)
+            and not (saver.change.keys() & set(TO_HOST) and self.options.device == "cpu")
         ]
 
     def to_dict(self) -> dict[str, Any]:
