@@ -28,8 +28,10 @@ from qlora_dpo.arguments import (
     announce,
     check_arguments,
     check_best_metric,
+    measured,
     policy_from,
     reference_from,
+    require_named,
     require_own_folder,
     require_shardable,
     result_name,
@@ -405,6 +407,8 @@ class QLoRADPOTrainer(SavingTrainer):
             return found
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("`eval_dataset` must be given to evaluate, got None. Pass it here or to the trainer.")
+        if isinstance(eval_dataset, str):
+            require_named(self.eval_dataset, eval_dataset)
         if eval_dataset is None or isinstance(eval_dataset, str):
             self.prepared.again(eval_dataset, metric_key_prefix)
         else:
@@ -433,7 +437,7 @@ class QLoRADPOTrainer(SavingTrainer):
         if self.compute_metrics is None:
             metrics |= preference_metrics(*prediction.predictions)
         else:
-            metrics |= self.compute_metrics(prediction)
+            metrics |= measured(self.compute_metrics, prediction)
         first = f"{metric_key_prefix}_"
         named = {key if key.startswith(first) else first + key: value for key, value in metrics.items()}
         return output._replace(

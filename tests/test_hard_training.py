@@ -703,3 +703,20 @@ def test_dropout_that_attention_reads_from_its_layer_is_off_for_the_reference(tm
 
 if __name__ == "__main__":
     serve(Path(sys.argv[1]))
+
+
+def test_only_the_trainers_own_sets_have_names(tmp_path):
+    """Of a single set it was the name of a column."""
+    several = {"easy": Dataset.from_list(CHAT_ROWS[:2]), "hard": Dataset.from_list(CHAT_ROWS[2:4])}
+    for sets, name in ((CHAT_ROWS[:2], "row"), (several, "test")):
+        with pytest.raises(ValueError, match=f"the name of one of the trainer's own sets .*, got {name!r}"):
+            trainer_of(tmp_path, test=sets).evaluate(name)
+    assert "eval_loss" in trainer_of(tmp_path, test=several).evaluate("hard")
+    with pytest.raises(ValueError, match="`eval_dataset` must hold a data set, got no name of one"):
+        trainer_of(tmp_path, CHAT_ROWS, {})
+
+
+def test_metrics_that_are_none_are_refused(tmp_path):
+    trainer = trainer_of(tmp_path, test=CHAT_ROWS[:2], compute_metrics=lambda prediction: None)
+    with pytest.raises(TypeError, match="`compute_metrics` must return a dict, got NoneType"):
+        trainer.evaluate()
