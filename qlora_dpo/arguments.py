@@ -350,16 +350,19 @@ def reference_from(policy: PeftModel, ref_model: Any, args: QLoRADPOConfig) -> R
 
 
 def require_own_folder(args: QLoRADPOConfig, policy: PeftModel, reference: Reference) -> None:
-    """Refuse to write over an adapter that the result is on top of, or is compared with.
+    """Refuse to write over the base or an adapter that the result is on top of, or is compared with.
+
+    A base with an adapter in its folder would be loaded with that adapter on it.
 
     Raises:
         ValueError: If `output_dir` is the folder of one.
     """
     sources = getattr(policy, "adapter_sources", {})
-    for needed in (*(sources.get(name) for name in frozen_adapters(policy)), reference.source):
+    base = policy.get_base_model().config._name_or_path or None
+    for needed in (base, *(sources.get(name) for name in frozen_adapters(policy)), reference.source):
         if needed is not None and Path(needed).resolve() == Path(args.output_dir).resolve():
             raise ValueError(
-                f"`output_dir` must be another folder than that of the adapter below or of the reference, got "
+                f"`output_dir` must be another folder than that of the base, the adapter below or the reference, got "
                 f"{args.output_dir}, which would be written over. Name a new one."
             )
 

@@ -720,3 +720,13 @@ def test_metrics_that_are_none_are_refused(tmp_path):
     trainer = trainer_of(tmp_path, test=CHAT_ROWS[:2], compute_metrics=lambda prediction: None)
     with pytest.raises(TypeError, match="`compute_metrics` must return a dict, got NoneType"):
         trainer.evaluate()
+
+
+def test_the_base_is_not_written_over(tmp_path):
+    """Later runs loaded it with the adapter on it, and took that for the start."""
+    tokenizer = build_chat_tokenizer()
+    build_tiny_llama(tokenizer).save_pretrained(tmp_path)
+    policy = policy_of(tokenizer, AutoModelForCausalLM.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="`output_dir` must be another folder than that of the base"):
+        trainer_of(tmp_path, CHAT_ROWS, model=policy)
+    assert "eval_loss" in trainer_of(tmp_path, test=CHAT_ROWS[:2], model=policy).evaluate()
