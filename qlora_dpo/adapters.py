@@ -4,6 +4,8 @@ Every context manager here leaves weights, active adapters and each `requires_gr
 """
 
 import contextlib
+import copy
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -202,6 +204,20 @@ def text_prefix(model: PreTrainedModel) -> str:
     return prefix if any(not name.startswith(prefix) for name in linears) else ""
 
 
+def text_alone(model: PreTrainedModel, config: PeftConfig) -> PeftConfig:
+    """An adapter's config in which `all-linear` is the layers that text goes through, and no copy of a whole module."""
+    if getattr(config, "target_modules", None) != "all-linear" or config.exclude_modules is not None:
+        return config
+    prefix = text_prefix(model)
+    copies = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+    excluded = [rf"(?!{re.escape(prefix)}).*"] * bool(prefix) + [r".*\.modules_to_save\..*"] * copies
+    if not excluded:
+        return config
+    config = copy.copy(config)
+    config.exclude_modules = "|".join(excluded)
+    return config
+
+
 def changes_base(policy: PeftModel) -> str | None:
     """Why the model with its adapters disabled is not the base that it was, or will not stay it; None if it is."""
     for name in policy.active_adapters:
@@ -276,7 +292,14 @@ def stack_adapter(policy: PeftModel, peft_config: PeftConfig) -> str:
             "it into its base first."
         )
     peft_config.base_model_name_or_path, peft_config.revision = lower.base_model_name_or_path, lower.revision
-    policy.add_adapter(name, peft_config)
+    policy.add_adapter(name, text_alone(policy.get_base_model(), peft_config))
+    nested = [n for n, m in policy.named_modules() if ".modules_to_save." in n and isinstance(m, BaseTunerLayer)]
+    if nested:
+        raise NotImplementedError(
+            f"A module that the adapter below replaced whole must not be adapted above it, which PEFT cannot save, got "
+            f"{nested[0].removeprefix('base_model.model.')}. Leave it out of `target_modules`, or merge the one below "
+            "into its base first."
+        )
     policy.base_model.set_adapter([*below, name])
     mine = adapter_weights(policy, [name])
     for other, parameter in policy.named_parameters():

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from qlora_dpo.adapters import (
     free_name,
     loading_changes_base,
     stack_adapter,
-    text_prefix,
+    text_alone,
     train_in_fp32,
     trained_adapters,
 )
@@ -187,12 +186,7 @@ def attach_adapter(
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("The model must have no adapter yet, got one that transformers loaded. Load the base alone.")
-    config = peft_config or default_lora()
-    prefix = text_prefix(model) if getattr(config, "target_modules", None) == "all-linear" else ""
-    if prefix and config.exclude_modules is None:
-        config = copy.copy(config)
-        config.exclude_modules = rf"(?!{re.escape(prefix)}).*"
-    policy = get_peft_model(model, config, revision=revision)
+    policy = get_peft_model(model, text_alone(model, peft_config or default_lora()), revision=revision)
     train_in_fp32(policy)
     return policy
 
