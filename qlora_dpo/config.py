@@ -17,7 +17,7 @@ from qlora_dpo.losses import LOSSES, RANGES
 from qlora_dpo.metrics import HIGHER_IS_BETTER
 from qlora_dpo.objective import DIVERGENCES, Objective, check_reference, make_objective
 from qlora_dpo.preferences import PAIR_STRATEGIES
-from qlora_dpo.typed import check_types, may_be_none, read_plainly
+from qlora_dpo.typed import check_types, may_be_none, read_plainly, without_numpy
 
 BATCH_LAYOUTS = ("auto", *LAYOUTS)
 
@@ -305,7 +305,8 @@ class QLoRADPOConfig(TrainingArguments):
             )
 
     def _read_as_the_command_line_does(self) -> None:
-        """One loss as a list of one, and numbers that YAML leaves as text (`1e-1`) as numbers."""
+        """One loss as a list of one, and numbers that YAML leaves as text (`1e-1`), or numpy has, as plain numbers."""
+        without_numpy(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         if isinstance(self.loss_weights, (int, float)):
