@@ -214,7 +214,8 @@ def without_unfit_layers(config: PeftConfig, base: PreTrainedModel) -> PeftConfi
     """A config whose `all-linear` leaves out layers that must not be adapted, unless it names some to leave out itself.
 
     Towers for images, which no text goes through: their adapters would be saved as they began, and processes would wait
-    for their gradients. Routers that are linear layers by their class but return a tuple, which PEFT cannot add to.
+    for their gradients. Routers that are linear layers by their class but return a tuple, which PEFT cannot add to. And
+    copies of modules that another adapter trains whole, where PEFT cannot save one.
     """
     if getattr(config, "target_modules", None) != "all-linear" or config.exclude_modules is not None:
         return config
@@ -223,6 +224,8 @@ def without_unfit_layers(config: PeftConfig, base: PreTrainedModel) -> PeftConfi
     routers = {name.rpartition(".")[2] for name, module in named if "Router" in type(module).__name__}
     patterns = [rf"(?!{re.escape(prefix)}).*"] if prefix else []
     patterns += [rf".*\.{re.escape(name)}" for name in sorted(routers)]
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in base.modules()):
+        patterns.append(r".*\.modules_to_save\..*")
     config = copy.copy(config)
     config.exclude_modules = "|".join(patterns) or None
     return config
@@ -305,6 +308,13 @@ def stack_adapter(policy: PeftModel, peft_config: PeftConfig) -> str:
         )
     peft_config.base_model_name_or_path, peft_config.revision = lower.base_model_name_or_path, lower.revision
     policy.add_adapter(name, without_unfit_layers(peft_config, policy.get_base_model()))
+    nested = [n for n, m in policy.named_modules() if ".modules_to_save." in n and isinstance(m, BaseTunerLayer)]
+    if nested:
+        raise NotImplementedError(
+            f"A module that the adapter below replaced whole must not be adapted above it, which PEFT cannot save, got "
+            f"{nested[0].removeprefix('base_model.model.')}. Leave it out of `target_modules`, or merge the one below "
+            "into its base first."
+        )
     policy.base_model.set_adapter([*below, name])
     mine = adapter_weights(policy, [name])
     for other, parameter in policy.named_parameters():

@@ -3,7 +3,7 @@
 import difflib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import transformers
 from accelerate import Accelerator, DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.integrations.liger import apply_liger_kernel
 
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
@@ -62,6 +62,8 @@ def check_arguments(ref_model: Any, args: Any, data_collator: Any, train_dataset
         raise TypeError(f"`data_collator` must be a GroupCollator, got {type(data_collator).__name__}. Leave it out.")
     if train_dataset is None and eval_dataset is None:
         raise ValueError("`train_dataset` or `eval_dataset` must be given, got neither. Pass one.")
+    if isinstance(eval_dataset, Mapping) and not eval_dataset:
+        raise ValueError("`eval_dataset` must hold a data set, got no name of one. Pass None for no evaluation.")
     if args.sample_generations and eval_dataset is None:
         raise ValueError(
             "`sample_generations` must be 0 without `eval_dataset`, whose prompts it answers, got "
@@ -102,6 +104,20 @@ def check_best_metric(args: QLoRADPOConfig, eval_dataset: Any, own_metrics: bool
     raise ValueError(f"`metric_for_best_model` must be a key of the evaluation, got {metric}. {hint}")
 
 
+def require_named(sets: Any, name: str) -> None:
+    """Refuse the name of a data set that the trainer does not have.
+
+    Raises:
+        ValueError: If it has none of that name.
+    """
+    known = list(sets) if isinstance(sets, Mapping) else []
+    if name not in known:
+        raise ValueError(
+            f"`eval_dataset` must be rows, or the name of one of the trainer's own sets ({known}), got {name!r}. Pass "
+            "the rows, or None for the trainer's own."
+        )
+
+
 def require_text(dataset: Dataset | IterableDataset, name: str) -> None:
     """Refuse rows with images, which a model would be trained on without seeing them.
 
@@ -122,6 +138,18 @@ def tell_what_metrics_get(args: QLoRADPOConfig) -> None:
     """Say what `compute_metrics` is called with: one that was written for logits would give numbers without a word."""
     if args.process_index == 0:
         print("compute_metrics gets rewards of pairs, (chosen, rejected), and their rows; no logits", file=sys.stderr)
+
+
+def measured(compute_metrics: Callable[[EvalPrediction], dict[str, float]], of: EvalPrediction) -> dict[str, float]:
+    """What the user's `compute_metrics` returns.
+
+    Raises:
+        TypeError: If it is no dict.
+    """
+    found = compute_metrics(of)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"`compute_metrics` must return a dict, got {type(found).__name__}. Return numbers by name.")
+    return dict(found)
 
 
 class Preparation:
@@ -333,16 +361,19 @@ def reference_from(policy: PeftModel, ref_model: Any, args: QLoRADPOConfig) -> R
 
 
 def require_own_folder(args: QLoRADPOConfig, policy: PeftModel, reference: Reference) -> None:
-    """Refuse to write over an adapter that the result is on top of, or is compared with.
+    """Refuse to write over the base or an adapter that the result is on top of, or is compared with.
+
+    A base with an adapter in its folder would be loaded with that adapter on it.
 
     Raises:
         ValueError: If `output_dir` is the folder of one.
     """
     sources = getattr(policy, "adapter_sources", {})
-    for needed in (*(sources.get(name) for name in frozen_adapters(policy)), reference.source):
+    base = policy.get_base_model().config._name_or_path or None
+    for needed in (base, *(sources.get(name) for name in frozen_adapters(policy)), reference.source):
         if needed is not None and Path(needed).resolve() == Path(args.output_dir).resolve():
             raise ValueError(
-                f"`output_dir` must be another folder than that of the adapter below or of the reference, got "
+                f"`output_dir` must be another folder than that of the base, the adapter below or the reference, got "
                 f"{args.output_dir}, which would be written over. Name a new one."
             )
 

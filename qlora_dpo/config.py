@@ -17,7 +17,7 @@ from qlora_dpo.losses import LOSSES, RANGES
 from qlora_dpo.metrics import HIGHER_IS_BETTER
 from qlora_dpo.objective import DIVERGENCES, Objective, check_reference, make_objective
 from qlora_dpo.preferences import PAIR_STRATEGIES
-from qlora_dpo.typed import check_types, may_be_none, read_plainly
+from qlora_dpo.typed import check_types, may_be_none, read_plainly, without_numpy
 
 BATCH_LAYOUTS = ("auto", *LAYOUTS)
 
@@ -86,6 +86,7 @@ _COUNTS = (
     "sample_generations_every",
     "sample_max_new_tokens",
 )
+_INHERITED_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _CHECKED_WITH_LOSSES = ("loss_type", "loss_weights")
 _MODIFIERS = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "bco_running_mean")
 
@@ -308,7 +309,8 @@ class QLoRADPOConfig(TrainingArguments):
             )
 
     def _read_as_the_command_line_does(self) -> None:
-        """One loss as a list of one, and numbers that YAML leaves as text (`1e-1`) as numbers."""
+        """One loss as a list of one, and numbers that YAML leaves as text (`1e-1`), or numpy has, as plain numbers."""
+        without_numpy(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         if isinstance(self.loss_weights, (int, float)):
@@ -361,6 +363,22 @@ class QLoRADPOConfig(TrainingArguments):
             if not isinstance(value, str) and value is not None and value < 1:
                 none = ", or None" if may_be_none(QLoRADPOConfig, name) else ""
                 raise ValueError(f"`{name}` must be 1 or more{none}, got {value}. Leave it out for the default.")
+
+        self._check_length()
+
+    def _check_length(self) -> None:
+        """Refuse a training of no steps and steps of no rows, with which `Trainer` fails later, or makes one."""
+        for name in _INHERITED_COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}` must be 1 or more, got {getattr(self, name)}. Leave it out for the default."
+                )
+        if self.max_steps is None or self.max_steps == 0:
+            raise ValueError(
+                f"`max_steps` must be 1 or more, or -1 for `num_train_epochs`, got {self.max_steps}. Leave it out."
+            )
+        if self.max_grad_norm is None:
+            raise ValueError("`max_grad_norm` must be a number, got None. Use 0 to clip nothing.")
 
     def _check_samples(self) -> None:
         """Refuse options of answers that nobody asked for."""

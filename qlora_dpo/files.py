@@ -9,8 +9,12 @@ from typing import Any
 
 from datasets import Dataset, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
 
 from qlora_dpo.preferences import PAIR_VALUES, TEXT_COLUMNS, USED_COLUMNS, decoded
+
+_SAVED_TO_DISK = ("state.json", "dataset_info.json")
+"""What `save_to_disk` writes beside the rows of a data set."""
 
 _NO_NUMBER = ["", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "null", "NULL", "None"]
 """What stands in number columns of .csv files where there is none; in a text each is a text."""
@@ -30,18 +34,14 @@ def load_rows(path_or_id: str, split: str = "train", name: str | None = None) ->
         ValueError: If a file's type is not known, or it is not what its type says; a line at fault is named.
     """
     path = Path(path_or_id).expanduser()
-    if path.is_file():
-        if path.stat().st_size == 0:
-            raise ValueError(f"A data file must have rows, got none in {path}. Check how it was written.")
-        if path.suffix not in _FILE_TYPES:
-            raise ValueError(f"A data file must end in one of {sorted(_FILE_TYPES)}, got {path}. Convert it.")
-        if name is not None:
-            raise ValueError(f"A data file must be loaded without a configuration, got {name!r}. Leave it out.")
+    _require_readable(path, name)
     try:
         if path.is_file():
             return _load_file(path, split)
         return _load(path_or_id, path, split, name)
     except (ValueError, DatasetGenerationError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"A data set must have rows, got none in {split!r} of {path_or_id}. Widen it.") from error
         if path.is_file() and "Unknown split" in str(error):
             raise ValueError(
                 f"A data file has one split, `train`, got {split!r}. Use slices of it, such as 'train[:90%]' and "
@@ -49,29 +49,61 @@ def load_rows(path_or_id: str, split: str = "train", name: str | None = None) ->
             ) from error
         for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
             _require_json(file)
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) and not isinstance(error, ArrowInvalid):
             raise
         raise ValueError(
-            f"The data set {path_or_id} must be rows of one form, got: {error.__cause__}. Correct it."
+            f"The data set {path_or_id} must be rows of one form, got: {error.__cause__ or error}. Correct it."
         ) from error
+
+
+def _require_readable(path: Path, name: str | None) -> None:
+    """Refuse what is known to be no data set before it is read.
+
+    Raises:
+        ValueError: If it is an empty file, one of another type or with a configuration, or a folder of `save_to_disk`.
+    """
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"A data file must have rows, got none in {path}. Check how it was written.")
+        if path.suffix not in _FILE_TYPES:
+            raise ValueError(f"A data file must end in one of {sorted(_FILE_TYPES)}, got {path}. Convert it.")
+        if name is not None:
+            raise ValueError(f"A data file must be loaded without a configuration, got {name!r}. Leave it out.")
+    if all(Path(path, file).is_file() for file in _SAVED_TO_DISK):
+        raise ValueError(
+            f"A folder must hold files of {sorted(_FILE_TYPES)}, got {path}, which `save_to_disk` wrote. Write the "
+            "rows with `to_parquet` instead."
+        )
 
 
 def _load_file(path: Path, split: str) -> Dataset:
     """A file, its texts as they are: pandas takes `None` and `NA` for no value, pyarrow takes dates for times."""
     kind = _FILE_TYPES[path.suffix]
-    options: dict[str, Any] = {}
     if kind == "csv":
-        numbers = {*PAIR_VALUES, "ref_chosen_logps", "ref_rejected_logps"}
-        none = {name: _NO_NUMBER if name in numbers else [""] for name in USED_COLUMNS}
-        options = {"keep_default_na": False, "na_values": none}
-    rows = load_dataset(kind, data_files=glob.escape(str(path)), split=split, **options)
+        return _with_messages(load_dataset(kind, data_files=glob.escape(str(path)), split=split, **_csv_options()))
+    rows = load_dataset(kind, data_files=glob.escape(str(path)), split=split)
     times = [name for name, feature in rows.features.items() if _has_times(feature)] if kind == "json" else []
-    if times:
-        return _with_texts(path, times, split)
-    if kind == "csv":
-        names = [name for name in TEXT_COLUMNS if name in rows.column_names and _holds_messages(rows[0][name])]
-        return rows.map(lambda row: {name: decoded(row[name], name) for name in names}) if names else rows
-    return rows
+    return _with_texts(path, times, split) if times else rows
+
+
+def _csv_options() -> dict[str, Any]:
+    """How pandas is to read a .csv file: texts as they are, also where a column has nothing but numbers or `True`."""
+    numbers = {*PAIR_VALUES, "ref_chosen_logps", "ref_rejected_logps"}
+    none = {name: _NO_NUMBER if name in numbers else [""] for name in USED_COLUMNS}
+    texts = dict.fromkeys((*TEXT_COLUMNS, "subset"), _text_or_none)
+    return {"keep_default_na": False, "na_values": none, "converters": texts}
+
+
+def _text_or_none(text: str) -> str | None:
+    """A cell of a .csv file as it is; None of an empty one."""
+    return text or None
+
+
+def _with_messages(rows: Dataset) -> Dataset:
+    """Rows of .csv files, with messages where the first text of a column is a list of them."""
+    firsts = {name: next(filter(None, rows[name]), None) for name in TEXT_COLUMNS if name in rows.column_names}
+    names = [name for name, text in firsts.items() if _holds_messages(text)]
+    return rows.map(lambda row: {name: decoded(row[name], name) for name in names}) if names else rows
 
 
 def _has_times(feature: Any) -> bool:
@@ -117,7 +149,16 @@ def _load(path_or_id: str, path: Path, split: str, name: str | None) -> Dataset:
     looks_local = path.suffix in _FILE_TYPES or path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1
     if looks_local and not path.is_dir():
         raise FileNotFoundError(f"The data set must be a file, a folder or a Hub id, got {path}. Check the path.")
-    return load_dataset(str(path) if path.is_dir() else path_or_id, name, split=split)
+    if not path.is_dir():
+        return load_dataset(path_or_id, name, split=split)
+    kinds = {_FILE_TYPES[file.suffix] for file in path.rglob("*") if file.suffix in _FILE_TYPES}
+    if kinds == {"csv"}:
+        return _with_messages(load_dataset(str(path), name, split=split, **_csv_options()))
+    rows = load_dataset(str(path), name, split=split)
+    times = [name for name in TEXT_COLUMNS if name in rows.column_names and _has_times(rows.features[name])]
+    if times:
+        raise ValueError(f"`{times[0]}` must be text, got dates in the files of {path}. Name the file by itself.")
+    return rows
 
 
 def _require_json(path: Path) -> None:

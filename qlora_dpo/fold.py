@@ -380,9 +380,9 @@ def _policy_skeleton(model: PreTrainedModel, adapters: Sequence[str]) -> PeftMod
         # PEFT's remarks on options of the saved config, which training has made already
         warnings.simplefilter("ignore", UserWarning)
         policy = PeftModel(model, configs[names[0]], names[0], low_cpu_mem_usage=True)
-        for name in names[1:]:
-            policy.add_adapter(name, configs[name], low_cpu_mem_usage=True)
-        for name, adapter in zip(names, adapters, strict=True):
+        for name, adapter in zip(names, adapters, strict=True):  # each before the next: PEFT looks for its tokens there
+            if name != names[0]:
+                policy.add_adapter(name, configs[name], low_cpu_mem_usage=True)
             _give_storage(policy, name)
             load_adapter_weights(policy, adapter, name)
             _require_loaded(policy, name, adapter)

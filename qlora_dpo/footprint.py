@@ -34,6 +34,9 @@ scores (Gemma 2) is linear in T only by FlexAttention. On a CPU `blockwise` keep
 model made them.
 """
 
+TO_HOST = ("embeddings_on_cpu", "activation_offloading")
+"""Options that move something to CPU memory, where a training on a CPU has it already."""
+
 OPTIMIZERS = {
     "adamw_torch": 32,
     "adamw_torch_fused": 32,
@@ -223,8 +226,7 @@ class MemoryOptions:
                 )
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"`dtype` must be bfloat16, float16 or float32, got {self.dtype}. Use bfloat16.")
-        if self.device not in ("cuda", "cpu"):
-            raise ValueError(f"`device` must be cuda or cpu, got {self.device}. Use cuda for any GPU.")
+        self._check_device()
         if self.keep_layers and not self.gradient_checkpointing:
             raise ValueError(
                 f"`keep_layers` must be 0 without `gradient_checkpointing`, where every layer is kept, got "
@@ -234,6 +236,13 @@ class MemoryOptions:
             raise ValueError("`quantize_head` must be False for a base that is not in 4 bit, got True. Leave it out.")
         if self.optim not in OPTIMIZERS:
             raise ValueError(f"`optim` must be one of {sorted(OPTIMIZERS)}, got {self.optim}. Use adamw_torch_fused.")
+
+    def _check_device(self) -> None:
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f"`device` must be cuda or cpu, got {self.device}. Use cuda for any GPU.")
+        for name in TO_HOST:
+            if self.device == "cpu" and getattr(self, name):
+                raise ValueError(f"`{name}` must be False on a CPU, which has all in its memory, got True. Drop it.")
 
     @property
     def width(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qlora_dpo.footprint import OPTIMIZERS, MemoryOptions, Shape, held, phases
+from qlora_dpo.footprint import OPTIMIZERS, TO_HOST, MemoryOptions, Shape, held, phases
 from qlora_dpo.shapes import shape_of
 
 GIB = 2**30
@@ -150,6 +150,7 @@ class MemoryPlan:
             and not (saver.name == "optim" and OPTIMIZERS[self.options.optim] == 8)
             and not (saver.name == "quantize_head" and not self.options.quantize)
             and not (saver.name in _NEED_OWN_HEAD and not self.shape.head)
+            and not (saver.name in TO_HOST and self.options.device == "cpu")
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers.hf_argparser import string_to_bool
 
 _HOME = re.compile(r"(?:(?<=^)|(?<==))~(?=/)")
 """A `~` that a shell leaves as it is behind `=`, as YAML does."""
+_NUMBER = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _EPILOG = "--config FILE.yaml sets defaults that flags override."
 
 
@@ -38,13 +39,26 @@ def _as_words(parser: HfArgumentParser, options: dict[str, Any]) -> list[str]:
         if isinstance(value, list) and value and action.nargs == "+":
             words += [f"--{name}", *(str(item) for item in value)]
         elif isinstance(value, dict):
-            words.append(f"--{name}={json.dumps(value)}")
+            words.append(f"--{name}={json.dumps(_with_numbers(value))}")
         elif value is None or isinstance(value, list) or (isinstance(value, bool) and not takes_truth):
             parser.set_defaults(**{name: value})
             action.required = False
         else:
             words.append(f"--{name}={value}")
     return words
+
+
+def _with_numbers(value: Any) -> Any:
+    """Numbers for what YAML leaves as text because it has no point (`1e-6`), in a dict of options.
+
+    >>> _with_numbers({"min_lr": "1e-6", "kind": "e5", "of": [{"a": "2E3"}]})
+    {'min_lr': 1e-06, 'kind': 'e5', 'of': [{'a': 2000.0}]}
+    """
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def _hint(name: str, known: set[str]) -> str:

@@ -54,6 +54,9 @@ PAIR_VALUES: dict[str, tuple[str, Callable[[float], bool], float]] = {
 }
 """Columns with a number for each pair: what it must be, the test of it, and what a row without one has."""
 
+_SPOKEN = {"role", "content", "name"}
+"""Keys of a message that says something and nothing else; one with others (`tool_calls`) may have no content."""
+
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 
 FORMS = (
@@ -170,6 +173,13 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         said = {"role": _ROLES.get(message["from"], message["from"]), "content": message.get("value")}
     else:
         said = {"content": None, **without_nulls(message)}
+    if said.get("role") is None:
+        raise ValueError(f"A message must have a `role` and a `content`, got {sorted(said)}. Add what is missing.")
+    if said["content"] is None and said.keys() <= _SPOKEN:  # a template would write "None"
+        raise ValueError(
+            f"The content of a message must be text or parts where it calls no tool, got null of {said['role']!r}. "
+            "Fill it in, or remove the row."
+        )
     if isinstance(said["content"], (date, time)):  # a reader's guess, which a template would write in its own way
         raise ValueError(
             f"The content of a message must be text or parts, got {type(said['content']).__name__}. Make it text."

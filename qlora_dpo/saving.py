@@ -10,6 +10,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -95,6 +96,9 @@ class SavingTrainer(StepTrainer):
         """As `Trainer`'s, with the state of the step, and marked as whole before it is pushed or others are deleted."""
         args, run = self.args, self._get_output_dir(trial=trial)
         folder = checkpoint_folder(run, self.state.global_step)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # which the checkpoint that the run went on from may not know
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         if args.should_save:
             unmark(folder)  # one that is written again
         with replaced(args, "save_total_limit", None), replaced(args, "push_to_hub", False):

@@ -28,8 +28,10 @@ from qlora_dpo.arguments import (
     announce,
     check_arguments,
     check_best_metric,
+    measured,
     policy_from,
     reference_from,
+    require_named,
     require_own_folder,
     require_shardable,
     result_name,
@@ -258,7 +260,8 @@ class QLoRADPOTrainer(SavingTrainer):
         """As `Trainer.train`, after the checks on logits, layout and start.
 
         Args:
-            resume_from_checkpoint: True for the last complete checkpoint in `output_dir`, or the path of one.
+            resume_from_checkpoint: True for the last complete checkpoint in `output_dir`, or the path of one; None for
+                what the configuration says.
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
 
@@ -267,7 +270,8 @@ class QLoRADPOTrainer(SavingTrainer):
         """
         if self.train_dataset is None:
             raise ValueError("`train_dataset` must be given to train, got None. Pass it to the trainer.")
-        checkpoint = self._complete_checkpoint(resume_from_checkpoint)
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = self._complete_checkpoint(asked)
         self._run = run_facts(self.args, self.train_dataset, self.model, self.sharded)
         if checkpoint is None and self.args.process_index == 0:
             warn_of_others(self.args.output_dir)
@@ -302,7 +306,7 @@ class QLoRADPOTrainer(SavingTrainer):
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """What a run returns that has no step left: `Trainer` would make one more in the middle of an epoch."""
         state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-        if not 0 < self.args.max_steps <= state.global_step:
+        if not 0 < self._steps(state) <= state.global_step:
             return None
         self._load_from_checkpoint(checkpoint)
         end = Path(self.args.output_dir, TRAINER_STATE_NAME)  # which has the line of the whole training, too
@@ -316,6 +320,14 @@ class QLoRADPOTrainer(SavingTrainer):
             self._load_best_model()
         metrics: dict[str, float] = next((line for line in reversed(state.log_history) if "train_runtime" in line), {})
         return TrainOutput(state.global_step, metrics.get("train_loss", 0.0), metrics)
+
+    def _steps(self, state: TrainerState) -> int:
+        """Steps of the whole training, which may end in the middle of an epoch."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        if self.args.auto_find_batch_size and state.train_batch_size:
+            self._train_batch_size = state.train_batch_size  # as `Trainer` will
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def _memory(self) -> Remembered | None:
         """What the evaluations of a training remember of the reference; None of one that moves or that is on disk."""
@@ -395,6 +407,8 @@ class QLoRADPOTrainer(SavingTrainer):
             return found
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("`eval_dataset` must be given to evaluate, got None. Pass it here or to the trainer.")
+        if isinstance(eval_dataset, str):
+            require_named(self.eval_dataset, eval_dataset)
         if eval_dataset is None or isinstance(eval_dataset, str):
             self.prepared.again(eval_dataset, metric_key_prefix)
         else:
@@ -423,7 +437,7 @@ class QLoRADPOTrainer(SavingTrainer):
         if self.compute_metrics is None:
             metrics |= preference_metrics(*prediction.predictions)
         else:
-            metrics |= self.compute_metrics(prediction)
+            metrics |= measured(self.compute_metrics, prediction)
         first = f"{metric_key_prefix}_"
         named = {key if key.startswith(first) else first + key: value for key, value in metrics.items()}
         return output._replace(

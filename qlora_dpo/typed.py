@@ -40,6 +40,14 @@ def may_be_none(declared_by: type, name: str) -> bool:
     return types.NoneType in _types(declared_by)[name]
 
 
+def without_numpy(instance: Any) -> None:
+    """Make Python's own numbers of numpy's in the fields of a dataclass: no JSON file would hold them."""
+    for name in instance.__dataclass_fields__:
+        value = getattr(instance, name, None)
+        if isinstance(value, np.generic):
+            setattr(instance, name, value.item())
+
+
 def read_plainly(instance: Any, declared_by: type, but: Collection[str]) -> None:
     """Make numbers and None of the text that YAML and command lines leave for them (`5e-6`, `null`), and text of paths.
 

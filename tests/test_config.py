@@ -1,6 +1,7 @@
 """Options: defaults, and no option that lies."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -188,3 +189,33 @@ def test_a_config_comes_back_from_its_dict(tmp_path):
 def test_a_path_may_be_a_path_and_a_truth_value_numpys(tmp_path):
     args = make(tmp_path, precompute_ref_log_probs=np.True_, reference_cache=tmp_path / "cache")
     assert args.reference_cache == str(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be 1 or more, got 0"),
+        ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be 1 or more, got 0"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be 1 or more, got 0"),
+        ({"max_steps": 0}, "`max_steps` must be 1 or more, or -1 for `num_train_epochs`, got 0"),
+        ({"max_grad_norm": None}, "`max_grad_norm` must be a number, got None. Use 0 to clip nothing"),
+    ],
+)
+def test_a_training_of_nothing_is_refused(tmp_path, options, message):
+    """`max_steps=0` made one step, and the others failed after the start with what they were divided by."""
+    with pytest.raises(ValueError, match=message):
+        QLoRADPOConfig(output_dir=str(tmp_path), **options)
+
+
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    """They were taken, and the first checkpoint could not be written."""
+    options = {
+        "learning_rate": np.float32(0.5),
+        "beta": np.float32(0.25),
+        "max_steps": np.int64(3),
+        "seed": np.int64(7),
+    }
+    args = make(tmp_path, **options, per_device_train_batch_size=np.int64(2), loss_weights=np.float64(2.0))
+    assert [type(getattr(args, name)) for name in options] == [float, float, int, int]
+    assert (args.learning_rate, args.per_device_train_batch_size, args.loss_weights) == (0.5, 2, [2.0])
+    json.dumps(args.to_dict())

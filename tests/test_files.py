@@ -136,3 +136,54 @@ def test_no_number_in_a_csv_file_may_be_written_as_other_programs_do(tmp_path):
     parsed = [parse_row(row) for row in load_rows(str(path))]
     assert parsed[0].completions == ["NA", "c"]
     assert [one.pair_values for one in parsed] == [{"weights": [0.5], "offsets": [1.0]}, {}]
+
+
+def test_numbers_and_truth_values_are_texts_in_a_csv_file(tmp_path):
+    rows = [
+        {"prompt": "1", "chosen": "007", "rejected": "True", "subset": "01"},
+        {"prompt": "2", "chosen": "1.50", "rejected": "False", "subset": "02"},
+    ]
+    assert csv_rows(tmp_path / "rows.csv", rows) == rows
+
+
+def test_messages_in_a_csv_file_are_told_by_the_first_that_is_there(tmp_path):
+    rows = [{name: json.dumps(text) for name, text in chat_row(i).items()} for i in range(2)]
+    found = csv_rows(tmp_path / "rows.csv", [rows[0] | {"prompt": None}, rows[1]])
+    assert [row["prompt"] for row in found] == [None, chat_row(1)["prompt"]]
+
+
+def test_a_folder_of_csv_files_is_read_like_one(tmp_path):
+    """Messages of a folder were trained on as the text of their JSON, and `None` was no text."""
+    for name, rows in {
+        "texts": [{"prompt": "None", "chosen": "7", "rejected": "NA"}],
+        "messages": [{column: json.dumps(text) for column, text in chat_row(0).items()}],
+    }.items():
+        (tmp_path / name).mkdir()
+        alone = csv_rows(tmp_path / name / "train.csv", rows)
+        assert load_rows(str(tmp_path / name)).to_list() == alone
+    assert alone == [chat_row(0)]
+
+
+def test_dates_in_a_folder_are_refused_with_the_way_to_keep_them_as_text(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "When?", "chosen": "2024-05-01", "rejected": "never"}))
+    with pytest.raises(
+        ValueError, match=r"`chosen` must be text, got dates in the files of .* Name the file by itself"
+    ):
+        load_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize(("text", "split"), [("", "train"), ("a,b,c\n" * 3, "train[:1%]")])
+def test_a_split_without_rows_is_named(tmp_path, text, split):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,chosen,rejected\n" + text)
+    with pytest.raises(ValueError, match=rf"must have rows, got none in {re.escape(repr(split))} of .*rows.csv"):
+        load_rows(str(path), split)
+
+
+def test_a_folder_of_save_to_disk_and_a_damaged_file_are_named(tmp_path):
+    Dataset.from_list([chat_row(0)]).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"which `save_to_disk` wrote\. Write the rows with `to_parquet`"):
+        load_rows(str(tmp_path / "saved"))
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"rows.parquet must be rows of one form, got: Parquet .* Correct it"):
+        load_rows(str(tmp_path / "rows.parquet"))

@@ -100,7 +100,7 @@ def trainer_on(model, folder, dtype, optim="adamw_torch", **options):
     )
     bf16, on_cpu = dtype is torch.bfloat16, policy.device.type == "cpu"
     quiet = {"report_to": [], "disable_tqdm": True}
-    args = QLoRADPOConfig(output_dir=str(folder), bf16=bf16, use_cpu=on_cpu, optim=optim, **quiet)
+    args = QLoRADPOConfig(output_dir=str(folder / "run"), bf16=bf16, use_cpu=on_cpu, optim=optim, **quiet)
     rows, tokenizer = Dataset.from_list(CHAT_ROWS), build_chat_tokenizer()
     trainer = QLoRADPOTrainer(policy, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)  # computes in bf16 where asked to

@@ -155,6 +155,29 @@ def test_going_on_with_a_stacked_adapter_by_its_folder_keeps_what_is_below(
     assert torch.allclose(logps(again.train()), logps(policy.train()), atol=1e-4)
 
 
+def test_a_new_adapter_leaves_alone_what_the_one_below_replaced_whole(
+    base_folder, tokenizer, make_args, chat_rows, tmp_path
+):
+    """`all-linear` took the head below for a layer: PEFT could not save it, which showed when the training was over."""
+    whole = LoraConfig(**(LORA | {"modules_to_save": ["lm_head"]}))
+    policy = load_policy(base_folder, peft_config=whole, quantize=False, dtype=torch.float32)
+    randomize(policy).save_pretrained(tmp_path / "sft")
+    exact = {"adapter": str(tmp_path / "sft"), "quantize": False, "dtype": torch.float32}
+    every = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy = load_policy(base_folder, peft_config=every, **exact)
+    args = make_args(max_steps=2, learning_rate=1e-2)
+    trainer = QLoRADPOTrainer(model=policy, args=args, train_dataset=chat_rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    again = load_policy(args.output_dir, quantize=False, dtype=torch.float32)
+    install_scoring(again.get_base_model())
+    assert torch.allclose(logps(again.train()), logps(policy.train()), atol=1e-4)
+    with pytest.raises(NotImplementedError, match="must not be adapted above it, which PEFT cannot save, got lm_head"):
+        load_policy(
+            base_folder, peft_config=LoraConfig(target_modules="all-linear", exclude_modules=["k_proj"]), **exact
+        )
+
+
 def test_an_adapter_folder_as_base_beside_an_adapter_is_refused_or_honoured(base_folder, tokenizer, tmp_path):
     """load_policy(sft folder, adapter=dpo): transformers loads base + SFT adapter, PEFT wraps LoRA layers in LoRA
     layers. model.load_policy looks for an adapter folder only where `adapter` is None."""

@@ -6,6 +6,7 @@ As a script it is what torchrun starts: `test_hard_training.py FOLDER` serves ca
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
 
 from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer
 from qlora_dpo.__main__ import main
@@ -608,15 +609,47 @@ def test_weights_in_fp32_are_measured_by_the_arithmetic_they_compute_in(tmp_path
     assert trainer.data_collator.layout == "tree", trainer.layout_proof
 
 
-def test_a_finished_run_that_goes_on_has_nothing_to_do(tmp_path):
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 0.25}, {"num_train_epochs": 1.5}])
+def test_a_finished_run_that_goes_on_has_nothing_to_do(tmp_path, length):
     """In the middle of an epoch it made one step more."""
-    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", **length}
+    options["per_device_train_batch_size"] = 6 if length == {"num_train_epochs": 1.5} else 1
     first = trainer_of(tmp_path, CHAT_ROWS, **options)
     first.train()
     again = trainer_of(tmp_path, CHAT_ROWS, **options)
     assert again.train(resume_from_checkpoint=True).global_step == again.state.global_step == 3
     weights = [[p for p in one.model.parameters() if p.requires_grad] for one in (first, again)]
     assert all(map(torch.equal, *weights))
+
+
+def test_the_configuration_may_say_where_to_go_on_from(tmp_path):
+    """It began anew, with a warning that said to set the option that was set."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    first = trainer_of(tmp_path, CHAT_ROWS, **options)
+    first.train()
+    again = trainer_of(tmp_path, CHAT_ROWS, **options, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again.add_callback(Counted())
+    again.train()
+    assert (again.state.global_step, again.callback_handler.callbacks[-1].steps) == (3, 1)
+
+
+class Counted(TrainerCallback):
+    steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+
+def test_a_callback_with_a_state_may_come_with_a_run_that_goes_on(tmp_path):
+    """transformers looked for its state in the checkpoint, and stopped at the next one."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer_of(tmp_path, CHAT_ROWS, CHAT_ROWS[:2], **options).train()
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    again = trainer_of(tmp_path, CHAT_ROWS, CHAT_ROWS[:2], callbacks=[EarlyStoppingCallback(5)], **options)
+    assert again.train(resume_from_checkpoint=True).global_step == 3
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["EarlyStoppingCallback"]["args"]["early_stopping_patience"] == 5
 
 
 def test_a_run_can_go_on_from_the_checkpoint_of_a_signal(tmp_path):
@@ -670,3 +703,30 @@ def test_dropout_that_attention_reads_from_its_layer_is_off_for_the_reference(tm
 
 if __name__ == "__main__":
     serve(Path(sys.argv[1]))
+
+
+def test_only_the_trainers_own_sets_have_names(tmp_path):
+    """Of a single set it was the name of a column."""
+    several = {"easy": Dataset.from_list(CHAT_ROWS[:2]), "hard": Dataset.from_list(CHAT_ROWS[2:4])}
+    for sets, name in ((CHAT_ROWS[:2], "row"), (several, "test")):
+        with pytest.raises(ValueError, match=f"the name of one of the trainer's own sets .*, got {name!r}"):
+            trainer_of(tmp_path, test=sets).evaluate(name)
+    assert "eval_loss" in trainer_of(tmp_path, test=several).evaluate("hard")
+    with pytest.raises(ValueError, match="`eval_dataset` must hold a data set, got no name of one"):
+        trainer_of(tmp_path, CHAT_ROWS, {})
+
+
+def test_metrics_that_are_none_are_refused(tmp_path):
+    trainer = trainer_of(tmp_path, test=CHAT_ROWS[:2], compute_metrics=lambda prediction: None)
+    with pytest.raises(TypeError, match="`compute_metrics` must return a dict, got NoneType"):
+        trainer.evaluate()
+
+
+def test_the_base_is_not_written_over(tmp_path):
+    """Later runs loaded it with the adapter on it, and took that for the start."""
+    tokenizer = build_chat_tokenizer()
+    build_tiny_llama(tokenizer).save_pretrained(tmp_path)
+    policy = policy_of(tokenizer, AutoModelForCausalLM.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="`output_dir` must be another folder than that of the base"):
+        trainer_of(tmp_path, CHAT_ROWS, model=policy)
+    assert "eval_loss" in trainer_of(tmp_path, test=CHAT_ROWS[:2], model=policy).evaluate()

@@ -144,6 +144,14 @@ def test_advice_where_there_is_none_to_give():
     assert plan_of().advice() is None
 
 
+def test_nothing_is_moved_from_a_cpu_to_its_own_memory():
+    """It was advised, and counted as saved; training on a CPU refuses it."""
+    plan = plan_of(gb=7, device="cpu")
+    flags = {"--embeddings_on_cpu true", "--activation_offloading true"}
+    assert flags <= plan_of(gb=7).savings().keys()
+    assert not flags & {*plan.savings(), *(plan.advice() or ())}
+
+
 def test_kept_layers_lie_between_all_and_none():
     peaks = [plan_of(keep_layers=k).peak_bytes for k in (0, 1, 8, 31, 32)]
     layer_input = 2048 * 4096 * 2  # the last layer is at work when the peak is there, kept or not
@@ -183,6 +191,8 @@ def test_options_change_the_parts_that_they_are_about():
         ({"gpu_bytes": 0}, "`gpu_bytes` must be 1 or more"),
         ({"keep_layers": 2, "gradient_checkpointing": False}, "`keep_layers` must be 0 without"),
         ({"quantize_head": True, "quantize": False}, "`quantize_head` must be False for a base that is not in 4 bit"),
+        ({"device": "cpu", "activation_offloading": True}, "`activation_offloading` must be False on a CPU"),
+        ({"device": "cpu", "embeddings_on_cpu": True}, "`embeddings_on_cpu` must be False on a CPU"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(options, message):

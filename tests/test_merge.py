@@ -50,6 +50,7 @@ from transformers import (
 
 from qlora_dpo import QLoRADPOConfig, load_policy, merge_adapter
 from qlora_dpo.__main__ import main
+from qlora_dpo.adapters import trained_adapters
 from qlora_dpo.files import load_rows
 from qlora_dpo.fold import BaseWeights, _policy_skeleton, _quantized_and_back, skeleton
 from qlora_dpo.model import default_lora, load_base
@@ -121,7 +122,7 @@ def moved(policy, seed=0, size=0.05):
 
 def saved(policy, folder):
     """The policy's adapter in a folder, as the trainer saves it."""
-    policy.save_pretrained(folder)
+    policy.save_pretrained(folder, selected_adapters=trained_adapters(policy))
     build_chat_tokenizer().save_pretrained(folder)
     args = QLoRADPOConfig(output_dir=str(folder), bf16=False, report_to=[])
     write_record(str(folder), policy, record_of(policy, args, make_reference("none", policy)))
@@ -268,6 +269,8 @@ STACKS = {
     "lora on lora": (lora(), lora(r=2, target_modules=["q_proj", "up_proj"])),
     "dora on lora": (lora(), lora(r=2, use_dora=True)),
     "lora on dora": (lora(use_dora=True), lora(r=2)),
+    "tokens on lora": (lora(), lora(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5])),
+    "lora on a whole head": (lora(modules_to_save=["lm_head"]), lora(r=2)),
 }
 
 

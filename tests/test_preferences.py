@@ -41,7 +41,7 @@ def test_parts_and_white_space_say_a_prompt_of_text_too(text):
     for prompt in (text, f"<|user|>{text}<|assistant|>"):
         found = parse_row({"prompt": prompt, "chosen": [user, YES], "rejected": [user, NO]})
         assert (found.prompt, found.completions) == ([user], [[YES], [NO]])
-    silent = {"role": "user", "content": None}
+    silent = {"role": "user", "content": None, "tool_calls": []}
     assert parse_row({"prompt": text, "chosen": [silent, YES], "rejected": [silent, NO]}).prompt == [silent]
 
 
@@ -150,3 +150,15 @@ def test_a_column_that_only_lists_of_completions_use_does_not_stop_a_pair():
 def test_decimals_are_numbers():
     row = {"prompt": "a", "completions": ["b", "c"], "scores": [Decimal("1.5"), Decimal("2.5")]}
     assert parse_row(row).pairs == [(1, 0)]
+
+
+@pytest.mark.parametrize("message", [{"role": "assistant", "content": None}, {"from": "gpt", "value": None}])
+def test_a_message_of_nothing_is_refused(message):
+    """A template writes "None", which was trained on."""
+    with pytest.raises(ValueError, match=r"must be text or parts where it calls no tool, got null of 'assistant'\."):
+        parse_row({"prompt": [USER], "chosen": [YES], "rejected": [message]})
+
+
+def test_a_message_of_nobody_is_refused():
+    with pytest.raises(ValueError, match=r"A message must have a `role` and a `content`, got \['content'\]"):
+        parse_row({"prompt": [{"content": "Hello"}], "chosen": [YES], "rejected": [NO]})
