@@ -15,13 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftConfig
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from qlora_dpo.cardtext import base_in_words, data_in_words, escaped, is_id, method, shown

@@ -15,24 +15,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from qlora_dpo.adapters import trained_adapters
-from qlora_dpo.arguments import (
-    Preparation,
-)
+from qlora_dpo.arguments import Preparation
 from qlora_dpo.card import save_card, write_card
-from qlora_dpo.checkpoints import (
-    checkpoint_folder,
-    load_step_state,
-    rotate,
-    save_step_state,
-    unmark,
-    write_manifest,
-)
+from qlora_dpo.checkpoints import checkpoint_folder, load_step_state, rotate, save_step_state, unmark, write_manifest
 from qlora_dpo.hub import make_repository, places, upload, upload_later
 from qlora_dpo.model import load_trained
 from qlora_dpo.record import AdapterRecord, read_record, record_of, write_record
-from qlora_dpo.reference import (
-    Reference,
-)
+from qlora_dpo.reference import Reference
 from qlora_dpo.sampling import replaced
 from qlora_dpo.training import StepTrainer
 

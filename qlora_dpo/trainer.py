@@ -45,11 +45,7 @@ from qlora_dpo.budget import Rescue, forwards_of, longest_rows
 from qlora_dpo.callbacks import SyncReference, WatchPreferences
 from qlora_dpo.checkpoints import checkpoint_to_resume, warn_of_others
 from qlora_dpo.config import QLoRADPOConfig
-from qlora_dpo.data import (
-    GROUP_COLUMNS,
-    VALUE_COLUMNS,
-    as_named,
-)
+from qlora_dpo.data import GROUP_COLUMNS, VALUE_COLUMNS, as_named
 from qlora_dpo.errors import FixableError, memory_said
 from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, install_scoring
@@ -66,14 +62,7 @@ from qlora_dpo.progress import with_preferences
 from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
 from qlora_dpo.recompute import checkpoint_activations, keep_activations
 from qlora_dpo.record import evaluations_of, read_record
-from qlora_dpo.reference import (
-    GIVEN,
-    AverageReference,
-    LiveReference,
-    ModelReference,
-    starts_at,
-    warn_of_itself,
-)
+from qlora_dpo.reference import GIVEN, AverageReference, LiveReference, ModelReference, starts_at, warn_of_itself
 from qlora_dpo.remembered import Remembered
 from qlora_dpo.resuming import check_same_run, check_within_first_pass, run_facts
 from qlora_dpo.room import budget_for, kept_layers_for, spare_host_memory

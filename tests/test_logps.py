@@ -7,13 +7,7 @@ import torch
 from torch import nn
 
 from qlora_dpo.logits import LogitRule, top_token
-from qlora_dpo.logps import (
-    STATISTICS,
-    any_head_token_scores,
-    frozen_head_token_scores,
-    sum_by_completion,
-    token_scores,
-)
+from qlora_dpo.logps import STATISTICS, any_head_token_scores, frozen_head_token_scores, sum_by_completion, token_scores
 
 RULES = [LogitRule(), LogitRule(scale=0.3), LogitRule(softcap=4.0), LogitRule(scale=1.7, softcap=2.0)]
 

@@ -5,15 +5,7 @@ from math import log, sqrt
 import pytest
 import torch
 
-from loss_oracle import (
-    PAIR_LOSSES,
-    divergence_score,
-    ld_logps,
-    pair_loss,
-    plackett_luce,
-    step_losses,
-    wpo_weight,
-)
+from loss_oracle import PAIR_LOSSES, divergence_score, ld_logps, pair_loss, plackett_luce, step_losses, wpo_weight
 
 
 def f64(value, requires_grad=False):
