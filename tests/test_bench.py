@@ -122,6 +122,7 @@ class FastLanguageModel:
 """
 
 
+@pytest.mark.slow
 def test_unsloth_is_measured_beside_them_in_a_process_that_it_may_patch(report_of, tmp_path, monkeypatch, capsys):
     """With a module of its name that loads the same model: that it comes first, and starts where the others do."""
     (tmp_path / "unsloth.py").write_text(STAND_IN_FOR_UNSLOTH)

@@ -53,14 +53,31 @@ def test_train_then_evaluate_from_the_adapter_alone(base_folder, rows_file, tmp_
     assert found["eval_preference_accuracy"] == found["eval_rewards/accuracies"]
 
 
-def test_a_training_is_saved_whatever_the_terminal_can_show(base_folder, tmp_path):
-    """As where output goes to a file on Windows: `cp1252` has no Chinese."""
-    rows = tmp_path / "rows.jsonl"
+@pytest.fixture(scope="module")
+def run_apart(base_folder, tmp_path_factory):
+    """A training in a process of its own, whose terminal shows `cp1252`, and its folder."""
+    folder = tmp_path_factory.mktemp("apart")
+    rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row | {"subset": "\u6570\u5b66"}) + "\n" for row in CHAT_ROWS))
-    words = [sys.executable, "-m", "qlora_dpo", *train_words(base_folder, str(rows), tmp_path / "run")]
+    words = [sys.executable, "-m", "qlora_dpo", *train_words(base_folder, str(rows), folder / "run")]
     done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True, check=False)
+    return done, folder / "run"
+
+
+def test_a_training_is_saved_whatever_the_terminal_can_show(run_apart):
+    """As where output goes to a file on Windows: `cp1252` has no Chinese."""
+    done, run = run_apart
     assert (done.returncode, b"\\u6570\\u5b66" in done.stdout) == (0, True)
-    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert (run / "adapter_model.safetensors").is_file()
+
+
+def test_a_command_says_nothing_of_the_packages_below_it(run_apart):
+    """The first line of every command was bitsandbytes' about a kernel, on a CPU with bf16 instructions."""
+    shown = run_apart[0].stderr
+    assert b"train data: 12 rows" in shown
+    assert b"gemm_4bit_forward" not in shown
+    assert b"is_gradient_checkpointing" not in shown
+    assert b"FutureWarning" not in shown
 
 
 def test_a_run_that_diverged_keeps_its_log(base_folder, rows_file, tmp_path, capsys):
@@ -619,15 +636,6 @@ def test_a_warning_is_one_line_while_a_command_runs(capsys, monkeypatch):
     assert [str(one.message) for one in found] == ["Something\nis odd."]
     assert capsys.readouterr().out == "qlora-dpo: warning: Something is odd.\n"
     assert warnings.formatwarning is before
-
-
-def test_a_command_says_nothing_of_the_packages_below_it(base_folder, rows_file, tmp_path):
-    """The first line of every command was bitsandbytes' about a kernel, on a CPU with bf16 instructions."""
-    words = [sys.executable, "-m", "qlora_dpo", *train_words(base_folder, rows_file, tmp_path / "run")]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True).stderr
-    assert "gemm_4bit_forward" not in shown
-    assert "is_gradient_checkpointing" not in shown
-    assert "FutureWarning" not in shown
 
 
 def test_help_names_every_command(capsys):
