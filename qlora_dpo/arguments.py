@@ -184,7 +184,8 @@ class Preparation:
         require_text(dataset, name)
         self.origins[name] = data_origin(dataset)
         with self.args.main_process_first(desc="tokenising"):
-            prepared, report = prepare_dataset(dataset, name=name, **self._options)
+            merge = name == "train" and self.args.merge_prompts
+            prepared, report = prepare_dataset(dataset, name=name, merge=merge, **self._options)
         columns = value_columns(prepared.column_names or [])
         check_columns(self.objective, columns, self.args.label_smoothing)
         if "ref_logps" in columns:

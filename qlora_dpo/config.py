@@ -15,7 +15,7 @@ from qlora_dpo.data import TokenLimits
 from qlora_dpo.layouts import LAYOUTS
 from qlora_dpo.losses import LOSSES, RANGES
 from qlora_dpo.metrics import HIGHER_IS_BETTER
-from qlora_dpo.objective import DIVERGENCES, Objective, check_reference, make_objective
+from qlora_dpo.objective import DIVERGENCES, Objective, check_mergeable, check_reference, make_objective
 from qlora_dpo.preferences import PAIR_STRATEGIES
 from qlora_dpo.typed import check_types, may_be_none, read_plainly, without_numpy
 
@@ -85,8 +85,8 @@ _COUNTS = (
     "ref_model_max_rank",
     "sample_generations_every",
     "sample_max_new_tokens",
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
-_INHERITED_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _CHECKED_WITH_LOSSES = ("loss_type", "loss_weights")
 _MODIFIERS = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "bco_running_mean")
 
@@ -237,6 +237,13 @@ class QLoRADPOConfig(TrainingArguments):
     pair_strategy: str = field(
         default="all", metadata=_help(f"How scores or ranks become pairs, one of {sorted(PAIR_STRATEGIES)}.")
     )
+    merge_prompts: bool = field(
+        default=False,
+        metadata=_help(
+            "Put training rows with one prompt into one group, so that the prompt, and completions that several have, "
+            "are computed once. Each pair's loss stays; a batch counts groups, so that its pairs are others."
+        ),
+    )
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes to tokenise the data with."))
 
     batch_layout: str = field(
@@ -349,6 +356,8 @@ class QLoRADPOConfig(TrainingArguments):
         if self.padding_free and self.batch_layout == "padded":
             raise ValueError("`padding_free` must be False with batch_layout='padded', got True. Drop one of them.")
         check_reference(self.objective, self.reference)
+        if self.merge_prompts:
+            check_mergeable(self.objective)
         self._check_reference_options()
         self._check_samples()
         self._check_memory()
@@ -363,16 +372,10 @@ class QLoRADPOConfig(TrainingArguments):
             if not isinstance(value, str) and value is not None and value < 1:
                 none = ", or None" if may_be_none(QLoRADPOConfig, name) else ""
                 raise ValueError(f"`{name}` must be 1 or more{none}, got {value}. Leave it out for the default.")
+        self._check_steps()
 
-        self._check_length()
-
-    def _check_length(self) -> None:
-        """Refuse a training of no steps and steps of no rows, with which `Trainer` fails later, or makes one."""
-        for name in _INHERITED_COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be 1 or more, got {getattr(self, name)}. Leave it out for the default."
-                )
+    def _check_steps(self) -> None:
+        """Refuse a training of no steps, of which `Trainer` makes one, and a norm with which it fails later."""
         if self.max_steps is None or self.max_steps == 0:
             raise ValueError(
                 f"`max_steps` must be 1 or more, or -1 for `num_train_epochs`, got {self.max_steps}. Leave it out."

@@ -24,6 +24,7 @@ from qlora_dpo.preferences import (
     unused_columns,
     without_nulls,
 )
+from qlora_dpo.prompts import merge_prompts
 
 DATA_VERSION = 6
 """Part of the cache key of tokenised data: raise it when the same row gives other tokens or columns."""
@@ -300,6 +301,7 @@ def prepare_dataset(
     *,
     name: str = "train",
     pair_strategy: str = "all",
+    merge: bool = False,
     num_proc: int | None = None,
     batch_size: int = 1,
 ) -> tuple[Dataset | IterableDataset, DataReport | None]:
@@ -311,6 +313,7 @@ def prepare_dataset(
         limits: Token limits.
         name: What to call the set in progress bars, the report and errors.
         pair_strategy: How scores or ranks become pairs.
+        merge: Whether rows with one prompt become one group.
         num_proc: Processes to tokenise with.
         batch_size: Groups in a batch, for the report's padded count.
 
@@ -318,11 +321,16 @@ def prepare_dataset(
         The groups (columns `GROUP_COLUMNS`) and the report; no report for a stream or for tokenised rows.
 
     Raises:
-        ValueError: If the set is empty, its columns are not understood, or every row is dropped.
+        ValueError: If the set is empty, its columns are not understood, every row is dropped, or a stream is to merge.
     """
     columns = columns_of(dataset)
+    if merge and isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"`merge_prompts` must be False for a stream, whose rows are not known beforehand, got a {name} data set "
+            "that is one. Load it whole, or leave the option out."
+        )
     if set(GROUP_COLUMNS) <= set(columns):
-        return _numbered(dataset), None
+        return merge_prompts(_numbered(dataset)) if merge else _numbered(dataset), None
     if getattr(dataset, "format", {}).get("type") == "custom":
         raise ValueError(
             f"The {name} data set must have no transform, got one, which makes rows as they are read. Use `map`."
@@ -358,20 +366,27 @@ def prepare_dataset(
     )
     keep = [i for i, reason in enumerate(mapped["dropped"]) if not reason]
     if not keep:
-        reasons = "; ".join(f"{count}: {reason}" for reason, count in Counter(mapped["dropped"]).items())
-        lengths = sorted(mapped["whole_length"])
-        way_out = "Correct the rows."
-        if limits.max_length is not None and any(mapped["truncated"]):
-            way_out = (
-                f"Raise `max_length`, now {limits.max_length:,}: whole, half of the rows have at most "
-                f"{lengths[len(lengths) // 2]:,} tokens, and the longest {lengths[-1]:,}."
-            )
-        raise ValueError(
-            f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}). {way_out}"
-        )
+        raise _all_dropped(name, mapped, limits)
     kept = mapped.select(keep).select_columns([*GROUP_COLUMNS, *values, *about])
+    if merge:
+        kept = merge_prompts(kept)
     conversational = parse_row(dataset[keep[0]], pair_strategy).conversational
     return kept, data_report(name, mapped, kept, unused_columns(columns, conversational), tokenizer, batch_size)
+
+
+def _all_dropped(name: str, mapped: Dataset, limits: TokenLimits) -> ValueError:
+    """What to say where nothing is left of a data set."""
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in Counter(mapped["dropped"]).items())
+    lengths = sorted(mapped["whole_length"])
+    way_out = "Correct the rows."
+    if limits.max_length is not None and any(mapped["truncated"]):
+        way_out = (
+            f"Raise `max_length`, now {limits.max_length:,}: whole, half of the rows have at most "
+            f"{lengths[len(lengths) // 2]:,} tokens, and the longest {lengths[-1]:,}."
+        )
+    return ValueError(
+        f"The {name} data set must keep at least one row, all {len(mapped)} were dropped ({reasons}). {way_out}"
+    )
 
 
 def _numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -11,8 +11,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from qlora_dpo.prompts import tokens_once
+
 MUCH_DROPPED = 0.1
 """Share of rows beyond which a run warns that they are dropped."""
+WORTH_MERGING = 0.05
+"""Share of tokens in prompts and completions that repeat from which on the report says so."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class DataReport:
     """What became of a data set, printed at the start of a run.
 
     Token lengths are of prompt + completion; `whole_*` of the longest of each row, before any was cut or dropped.
-    `tokens_padded` is what one padded row per completion would compute at this batch size in data order, and `tokens`
-    what is placed in rows: each prompt and completion once.
+    `tokens_padded` is what one padded row per completion would compute at this batch size in data order, `tokens` what
+    is placed in rows: each prompt and completion of a group once; `tokens_merged` the same with one group a prompt.
     """
 
     name: str
@@ -40,6 +44,7 @@ class DataReport:
     lost_pairs: int
     tokens: int
     tokens_padded: int
+    tokens_merged: int
     example: str
 
     @property
@@ -54,6 +59,9 @@ class DataReport:
             f"tokens; truncated rows: {self.truncated_share:.1%}",
             f"  tokens computed: {self.tokens:,}, {self.tokens_saved:.0%} fewer than one padded row per completion",
         ]
+        if self.name == "train" and self.tokens_merged < (1 - WORTH_MERGING) * self.tokens:
+            fewer = 1 - self.tokens_merged / self.tokens
+            lines.append(f"  prompts repeat: `merge_prompts` would compute {self.tokens_merged:,}, {fewer:.0%} fewer")
         if self.truncated_share:
             lines.insert(2, f"  before they were cut: p95 {self.whole_p95:,}, max {self.whole_max:,} tokens")
         lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
@@ -128,6 +136,7 @@ def data_report(
         lost_pairs=sum(mapped["lost_pairs"]),
         tokens=int(sum(prompt_lengths) + sum(int((c - 1).sum()) for c in completion_lengths)),
         tokens_padded=_padded_tokens(wholes, batch_size),
+        tokens_merged=tokens_once(kept["prompt_ids"], kept["completion_ids"]),
         example=_example(kept[0], tokenizer),
     )
 

@@ -371,6 +371,15 @@ def check_reference(objective: Objective, reference: str) -> None:
             )
 
 
+def check_mergeable(objective: Objective) -> None:
+    """Refuse to put rows with one prompt together where a row is more to the loss than its pairs.
+
+    Raises:
+        ValueError: If it is.
+    """
+    _meaningless(objective, "`merge_prompts`", ("plackett_luce",), "its rankings are the rows")
+
+
 def check_columns(objective: Objective, columns: Sequence[str], label_smoothing: float = 0.0) -> None:
     """Refuse columns of a data set that mean nothing for a loss, and the lack of those a loss needs.
 

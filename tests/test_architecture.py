@@ -17,6 +17,7 @@ LAYERS = [
     {"four_bit_head"},
     {
         "preferences",
+        "prompts",
         "scores",
         "origins",
         "losses",
