@@ -235,9 +235,8 @@ def changes_base(policy: PeftModel) -> str | None:
     """Why the model with its adapters disabled is not the base that it was, or will not stay it; None if it is."""
     for name in policy.active_adapters:
         config = policy.peft_config[name]
-        start = getattr(config, "init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-            return f"`init_lora_weights={start!r}` subtracts the adapter's start from the base"
+        if loading_changes_base(config):
+            return f"`init_lora_weights={config.init_lora_weights!r}` subtracts the adapter's start from the base"
         for option, neutral in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None)):
             value = getattr(config, option, neutral)
             if value not in (neutral, [], None, {}):

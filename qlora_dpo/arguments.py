@@ -17,7 +17,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
 from qlora_dpo.config import QLoRADPOConfig
-from qlora_dpo.data import prepare_dataset, value_columns
+from qlora_dpo.data import columns_of, prepare_dataset, value_columns
 from qlora_dpo.data_report import DataReport, show
 from qlora_dpo.errors import FixableError
 from qlora_dpo.layouts import GroupCollator
@@ -35,6 +35,7 @@ from qlora_dpo.objective import Objective, check_columns
 from qlora_dpo.origins import data_origin, named_origin
 from qlora_dpo.paths import adapter_folder, with_revision
 from qlora_dpo.reference import (
+    AdapterReference,
     AverageReference,
     InitialReference,
     NoReference,
@@ -124,9 +125,7 @@ def require_text(dataset: Dataset | IterableDataset, name: str) -> None:
     Raises:
         NotImplementedError: If there is a column of them.
     """
-    columns = dataset.column_names
-    if columns is None:  # a stream of a generator shows them in its first row
-        columns = list(next(iter(dataset), {}))
+    columns = columns_of(dataset)
     if found := [column for column in ("image", "images") if column in columns]:
         raise NotImplementedError(
             f"The {name} data set must be of text, got a column `{found[0]}`: images are not built yet. Remove the "
@@ -349,7 +348,7 @@ def reference_from(policy: PeftModel, ref_model: Any, args: QLoRADPOConfig) -> R
         raise ValueError("`ref_model` must be another object than `model`, got the same. Leave it out.")
     average = (args.ref_model_mixup_alpha, args.ref_model_max_rank) if args.sync_ref_model else None
     named = isinstance(ref_model, str)
-    return make_reference(
+    made = make_reference(
         ref_model if named else args.reference,
         policy,
         args.logps_chunk_size,
@@ -359,6 +358,12 @@ def reference_from(policy: PeftModel, ref_model: Any, args: QLoRADPOConfig) -> R
         average=average,
         model_kwargs={"trust_remote_code": args.trust_remote_code, "device_map": device_map(args.use_cpu)},
     )
+    if not args.reference_in_4bit and isinstance(made, AdapterReference):
+        raise ValueError(
+            f"`reference_in_4bit` must be True for the adapter {made.source}, which lies on the policy's own base, got "
+            "False. Leave it out."
+        )
+    return made
 
 
 def require_own_folder(args: QLoRADPOConfig, policy: PeftModel, reference: Reference) -> None:

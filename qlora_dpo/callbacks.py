@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: a reference that follows the policy, and warnings about what a log shows."""
+"""Callbacks of the trainer: a reference that follows, layers that keep activations, and warnings about a log."""
 
 import itertools
 import math

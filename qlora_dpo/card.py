@@ -16,10 +16,10 @@ from peft.utils import CONFIG_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from qlora_dpo.cardtext import data_in_words, escaped, introduction, is_id, loading, shown, table, trained
+from qlora_dpo.cardtext import as_markdown, data_in_words, introduction, is_id, loading, shown, table, trained
 from qlora_dpo.measures import Estimate, PreferenceReport
-from qlora_dpo.paths import EVALUATIONS, JUDGED, REPORT_NAME
-from qlora_dpo.record import AdapterRecord, read_record, saved_adapter, weights_hash
+from qlora_dpo.paths import EVALUATIONS, JUDGED, REPORT_NAME, saved_adapter
+from qlora_dpo.record import AdapterRecord, read_record, weights_hash
 from qlora_dpo.report import PICTURES, curve_charts, picture_name, write_pictures
 
 TAGS = ("dpo", "qlora-dpo", "lora", "preference-alignment")
@@ -139,13 +139,13 @@ def make_card(
         "Evaluation": _evaluation(judged),
         "Training": table(trained(record, lora, history)),
         "Data": data_in_words(record),
-        "Curves": "\n".join(f"![{escaped(title)}]({PICTURES}/{picture_name(title)})" for title in curves),
+        "Curves": "\n".join(f"![{as_markdown(title)}]({PICTURES}/{picture_name(title)})" for title in curves),
         "Limits": _LIMITS,
         "Versions": ", ".join(f"{package} {found}" for package, found in record.versions.items()),
     }
     body = "\n\n".join(f"## {head}\n\n{text}" if head else text for head, text in sections.items() if text)
     data = _metadata(record, judged, title, metadata)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARK}\n\n# {escaped(title)}\n\n{body}\n")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARK}\n\n# {as_markdown(title)}\n\n{body}\n")
 
 
 def _run_name(folder: Path) -> str:
@@ -238,7 +238,7 @@ def _evaluation(judged: Sequence[Judged]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text if text == "---" else escaped(text).replace(r"\[", "[").replace(r"\]", "]")
+    return text if text == "---" else as_markdown(text).replace(r"\[", "[").replace(r"\]", "]")
 
 
 # ---- the head --------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ _STRATEGIES = {
 }
 
 
-def escaped(value: Any) -> str:
+def as_markdown(value: Any) -> str:
     """Any value as text in one line that Markdown takes as it is, in a table too."""
     return re.sub(r"([\\`*<>|\[\]{}])", r"\\\1", " ".join(str(value).split()))
 
@@ -67,7 +67,7 @@ def base_in_words(record: AdapterRecord) -> str:
     """The base, with what is known of its revision."""
     parts = [f"revision {record.base_revision}"] if record.base_revision else []
     parts += [f"commit {record.base_commit}"] if record.base_commit else []
-    return escaped(shown(record.base)) + f" ({', '.join(map(escaped, parts))})" * bool(parts)
+    return as_markdown(shown(record.base)) + f" ({', '.join(map(as_markdown, parts))})" * bool(parts)
 
 
 def quantisation(record: AdapterRecord) -> str:
@@ -92,7 +92,7 @@ def loss_in_words(record: AdapterRecord) -> str:
 
 def _reference(record: AdapterRecord) -> str:
     parts = [_REFERENCES.get(record.reference, record.reference)]
-    parts += [f"from {escaped(shown(record.reference_source))}"] if record.reference_source else []
+    parts += [f"from {as_markdown(shown(record.reference_source))}"] if record.reference_source else []
     parts += [f"hash `{record.reference_hash}`"] if record.reference_hash else []
     return ", ".join(parts)
 
@@ -102,7 +102,7 @@ def introduction(record: AdapterRecord, lora: Mapping[str, Any]) -> str:
     kind = str(lora.get("peft_type", "LORA")).replace("LORA", "LoRA")
     below = ""
     if record.stacked_on:
-        below = f", on top of the frozen adapter {escaped(shown(record.stacked_on))}"
+        below = f", on top of the frozen adapter {as_markdown(shown(record.stacked_on))}"
     return f"A {kind} adapter for {base_in_words(record)}{below}, {method(record)}"
 
 
@@ -211,7 +211,7 @@ def trained(record: AdapterRecord, lora: Mapping[str, Any], history: Sequence[Ma
     options = options_in_use(record.loss)
     unused = "num_train_epochs" if record.training.get("max_steps", -1) > 0 else "max_steps"
     options |= {name: value for name, value in record.training.items() if name != unused}
-    rows |= {f"`{name}`": escaped(value) for name, value in options.items() if value is not None}
+    rows |= {f"`{name}`": as_markdown(value) for name, value in options.items() if value is not None}
     return rows | _costs(history)
 
 
@@ -241,9 +241,9 @@ def data_in_words(record: AdapterRecord) -> str:
     lines = []
     for use, origin in record.datasets.items():
         facts = [f"{key} {origin[key]}" for key in ("config", "split", "revision", "fingerprint") if key in origin]
-        name = escaped(origin.get("name", "unnamed data"))
-        lines.append(f"- {escaped(use)}: {name}, {escaped(', '.join([*_rows(origin), *facts]))}")
-        lines += [f"  - {escaped(fact)}" for fact in _became(use, origin, record)]
+        name = as_markdown(origin.get("name", "unnamed data"))
+        lines.append(f"- {as_markdown(use)}: {name}, {as_markdown(', '.join([*_rows(origin), *facts]))}")
+        lines += [f"  - {as_markdown(fact)}" for fact in _became(use, origin, record)]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Charts as SVG, for a page that is light or dark, and as PNG.
 
 They are 360 units wide, so that their text is as large as the page's on a phone. Colours are CSS classes: `COLOURS` has
-their values by mode. Every text from a run passes `escaped`, the only way into a chart or a page.
+their values by mode. Every text from a run passes `as_html`, the only way into a chart or a page.
 """
 
 import functools
@@ -40,7 +40,7 @@ def drawable(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and abs(value) < 1e100 else math.nan
 
 
-def escaped(value: Any) -> str:
+def as_html(value: Any) -> str:
     """Any value as text that HTML and XML take as it is."""
     return html.escape(_UNPRINTABLE.sub("\ufffd", str(value).replace("\r\n", "\n")))
 
@@ -48,7 +48,7 @@ def escaped(value: Any) -> str:
 def clipped(value: Any, width: int) -> str:
     """Escaped, and cut at so many characters."""
     text = str(value)
-    return escaped(text if len(text) <= width else text[: width - 1] + "…")
+    return as_html(text if len(text) <= width else text[: width - 1] + "…")
 
 
 _FONTS = "'DejaVu Sans','Liberation Sans','Noto Sans',Arial,Helvetica,'Segoe UI',sans-serif"
@@ -133,13 +133,13 @@ class Chart:
 
     def figure(self) -> str:
         """As a part of a page."""
-        head = f'<svg viewBox="0 0 {_WIDTH} {self.height}" role="img" aria-label="{escaped(self.label)}">'
+        head = f'<svg viewBox="0 0 {_WIDTH} {self.height}" role="img" aria-label="{as_html(self.label)}">'
         items = "".join(
-            f'<li><svg viewBox="0 0 22 10" aria-hidden="true">{shape}</svg>{escaped(label)}</li>'
+            f'<li><svg viewBox="0 0 22 10" aria-hidden="true">{shape}</svg>{as_html(label)}</li>'
             for label, shape in self.legend.items()
         )
         legend = f'<ul class="legend">{items}</ul>' + f"<figcaption>{self.note}</figcaption>" * bool(self.note)
-        return f"<figure><h3>{escaped(self.title)}</h3>{head}{self.drawing}</svg>{legend}</figure>"
+        return f"<figure><h3>{as_html(self.title)}</h3>{head}{self.drawing}</svg>{legend}</figure>"
 
     def png(self) -> bytes:
         """As a picture of its own, light, three pixels a unit.
@@ -155,13 +155,13 @@ class Chart:
             style = style.replace(f"var(--{name})", value)
         rows = [
             f'<svg x="12" y="{14 + 18 * i}" width="22" height="10">{shape}</svg><text x="40" y="{23 + 18 * i}">'
-            f"{escaped(label)}</text>"
+            f"{as_html(label)}</text>"
             for i, (label, shape) in enumerate(self.legend.items())
         ]
         height = 30 + self.height + 18 * len(rows) + 18
         picture = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}">'
-            f'<text class="title" x="12" y="20">{escaped(self.title)}</text><g transform="translate(0 30)">'
+            f'<text class="title" x="12" y="20">{as_html(self.title)}</text><g transform="translate(0 30)">'
             f'{self.drawing}</g><g transform="translate(0 {30 + self.height})">{"".join(rows)}</g></svg>'
         )
         background, scale = COLOURS["light"]["card"], 3

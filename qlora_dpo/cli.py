@@ -119,8 +119,8 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     revision = options.get("revision", model.model_revision)
     policy = chosen_policy(model, args)
-    revision = {} if revision is None else {"revision": revision}
-    tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code, **revision)
+    at = {} if revision is None else {"revision": revision}
+    tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code, **at)
     trainer = QLoRADPOTrainer(
         model=policy,
         args=args,
@@ -363,7 +363,9 @@ def merge(words: Sequence[str]) -> None:
     if chosen.num_rows < 1:
         raise ValueError(f"`num_rows` must be 1 or more, got {chosen.num_rows}. Leave out --dataset_name for none.")
     rows = None
-    if chosen.dataset_name is not None:
+    if chosen.dataset_name is None:
+        _refuse_changed(chosen, ("dataset_config", "dataset_test_split", "num_rows", "reference"))
+    else:
         rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
         rows = rows.select(range(min(chosen.num_rows, len(rows))))
     names = ("base", "into", "dtype", "max_shard_size", "reference", "trust_remote_code")
@@ -371,6 +373,16 @@ def merge(words: Sequence[str]) -> None:
     found = merge_adapter(chosen.adapter, chosen.output_dir, sample_rows=rows, **options)
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
     print(f"model written to {chosen.output_dir}", file=sys.stderr)
+
+
+def _refuse_changed(chosen: MergeArguments, names: Sequence[str]) -> None:
+    """Refuse options of rows where there are none."""
+    for name in names:
+        default, value = chosen.__dataclass_fields__[name].default, getattr(chosen, name)
+        if value != default:
+            raise ValueError(
+                f"`{name}` must be {default} without `dataset_name`, whose rows it is about, got {value}. Leave it out."
+            )
 
 
 RUNS: dict[str, Callable[[Sequence[str]], int | None]] = {

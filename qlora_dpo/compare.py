@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qlora_dpo.data import TokenLimits, prepare_dataset
 from qlora_dpo.forward import install_scoring, score_batch, to_device
-from qlora_dpo.layouts import Group, make_batch
+from qlora_dpo.layouts import Group, group_of, make_batch
 from qlora_dpo.metrics import outcomes
 from qlora_dpo.record import AdapterRecord, read_record
 from qlora_dpo.score import load_scorer
@@ -68,7 +68,14 @@ class SampleScores:
 
 @dataclass(frozen=True)
 class Sample:
-    """The sample rows as token ids, and what reference the rewards are relative to."""
+    """The sample rows as token ids, and what the rewards are relative to.
+
+    Attributes:
+        groups: The rows.
+        ref_logps: `(B,)` of the reference, in nats, of all groups one after the other.
+        beta: Factor of the rewards.
+        pad_token_id: Token that fills padded rows.
+    """
 
     groups: list[Group]
     ref_logps: Tensor
@@ -109,7 +116,7 @@ def _groups(rows: Dataset, tokenizer: PreTrainedTokenizerBase, record: AdapterRe
     """Rows as `evaluate` takes them."""
     limits = TokenLimits(record.max_length, record.max_prompt_length)
     found, _ = prepare_dataset(rows, tokenizer, limits, name="sample", pair_strategy=record.pair_strategy)
-    return [Group(row["prompt_ids"], row["completion_ids"], [(w, l) for w, l in row["pairs"]]) for row in found]
+    return [group_of(row) for row in found]
 
 
 def compared(sample: Sample, folder: Path, dtype: str, before: SampleScores, **model_kwargs: Any) -> MergeDifference:

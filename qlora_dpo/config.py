@@ -271,7 +271,8 @@ class QLoRADPOConfig(TrainingArguments):
         default=True,
         metadata=_help(
             "Log the exact divergence from the reference in evaluations (`kl/*`, nats per token), at the price of two "
-            "more passes through the LM head."
+            "more passes through the LM head; where both share the model and a head that nothing adapts or trains, and "
+            "the reference is neither cached nor given."
         ),
     )
     sample_generations: int = field(

@@ -24,7 +24,7 @@ class PairRecords:
         self._keys: list[tuple[int, int, str]] = []
 
     def add(self, table: Tensor, batch: dict[str, Any]) -> None:
-        """Keep the table of a batch's pairs (`COLUMNS`, perhaps `SIDES` behind them)."""
+        """Keep the `(T, len(COLUMNS))` table of a batch's pairs, perhaps with `len(SIDE_COLUMNS)` columns more."""
         self._tables.append(table)
         sides = zip(batch["yw_idxs"].tolist(), batch["yl_idxs"].tolist(), strict=True)
         tokens = [batch["keys"][w] + batch["keys"][l] for w, l in sides]
@@ -57,7 +57,7 @@ class GatheredPairs:
         return self._table[:, COLUMNS.index(name)]
 
     def sides(self) -> np.ndarray:
-        """`(T, len(SIDES))`, if they were kept."""
+        """`(T, len(SIDE_COLUMNS))`, if they were kept."""
         return self._table[:, len(COLUMNS) :]
 
     def pair_ids(self) -> np.ndarray:

@@ -19,6 +19,9 @@ from qlora_dpo.lean import strip_rows
 from qlora_dpo.logits import chunk_length, strip_length
 from qlora_dpo.typed import help_of
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""Of weights that are not quantised, and of what is computed with them."""
+
 FP32 = 4
 
 DEVICE_CONTEXT = 2**30
@@ -52,7 +55,7 @@ OPTIMIZERS = {
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerCase:
     """What decides how much a layer keeps.
 
     Attributes:
@@ -143,7 +146,7 @@ class Shape:
     hidden_norms: int
     lean_norms: bool
     lean_mlp: bool
-    kept: dict[Case, Kept]
+    kept: dict[LayerCase, Kept]
     linears: tuple[tuple[int, int], ...]
     adapted: tuple[tuple[int, int], ...]
     layer_linears: tuple[tuple[int, int], ...]
@@ -224,8 +227,8 @@ class MemoryOptions:
                 raise ValueError(
                     f"`{name}` must be 0 or more, got {getattr(self, name)}. Leave it out for its default."
                 )
-        if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"`dtype` must be bfloat16, float16 or float32, got {self.dtype}. Use bfloat16.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {self.dtype}. Use bfloat16.")
         self._check_device()
         if self.keep_layers and not self.gradient_checkpointing:
             raise ValueError(
@@ -316,7 +319,7 @@ def _layer_saved(shape: Shape, options: MemoryOptions) -> int:
 
 
 def _layer_kept(shape: Shape, options: MemoryOptions) -> Kept:
-    return shape.kept[Case(options.width, _attends_blockwise(options), _lean_mlp(shape, options))]
+    return shape.kept[LayerCase(options.width, _attends_blockwise(options), _lean_mlp(shape, options))]
 
 
 def _attends_blockwise(options: MemoryOptions) -> bool:

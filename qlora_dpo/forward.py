@@ -65,7 +65,7 @@ def install_scoring(model: PreTrainedModel) -> None:
             found[ROWS] = rows.detach()
         if score.get("against") is not None:
             both = (rows.detach(), score["against"].to(rows))
-            found[KL] = token_divergences(both, (head, head), (rule, rule), score["chunk_size"], head.out_features)
+            found[KL] = token_divergences(both, head, rule, score["chunk_size"], head.out_features)
         found |= {ROUTER_LOSS: _router_loss(self, outputs, kwargs)} if router else {}
         return {name: value.to(home) for name, value in found.items()}  # from the last device of a model that is spread
 

@@ -16,11 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from peft.utils import CONFIG_NAME
 from transformers.trainer_utils import HubStrategy
 
-from qlora_dpo.card import PICTURES, is_own, write_card
+from qlora_dpo.card import is_own, write_card
 from qlora_dpo.cardtext import is_id
 from qlora_dpo.errors import PushError
-from qlora_dpo.paths import ADAPTER_FILES, RECORD_NAME, TOKENIZER_FILES, require_safetensors
-from qlora_dpo.record import read_record, saved_adapter
+from qlora_dpo.paths import ADAPTER_FILES, RECORD_NAME, TOKENIZER_FILES, require_safetensors, saved_adapter
+from qlora_dpo.record import read_record
+from qlora_dpo.report import PICTURES
 
 TRIES = 5
 """How often what the Hub refuses for now (status 429 or 503) is asked for."""
@@ -94,7 +95,7 @@ def adapter_files(folder: str) -> dict[str, Path]:
     read_record(folder)
     adapter, top = Path(saved_adapter(folder)), Path(folder)
     if not Path(adapter, CONFIG_NAME).is_file():
-        inside = sorted(path.parent.name for path in top.glob("*/adapter_config.json"))
+        inside = sorted(path.parent.name for path in top.glob(f"*/{CONFIG_NAME}"))
         raise FileNotFoundError(f"`folder` must hold one adapter, got {inside or 'none'} in {folder}. Name its folder.")
     require_safetensors(str(adapter), folder)
     found = {name: adapter / name for name in ADAPTER_FILES if name != RECORD_NAME}

@@ -183,7 +183,7 @@ def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, *args, **kwargs)
     gate_and_up = _MLPS[_linears(self)]
     if not torch.is_grad_enabled():
-        return down(_product(act, *gate_and_up(self, *args)))
+        return down(_gated_product(act, *gate_and_up(self, *args)))
     if type(down) is FastLinear4bit and is_bare(down) and down.serves:
         gate, up = gate_and_up(self, *args)
         return down.of(_Gated(act), gate, up) if gate.dtype == up.dtype else down(act(gate) * up)
@@ -195,7 +195,7 @@ def _is_quiet(act: Any) -> bool:
     return not isinstance(act, nn.Module) or (is_bare(act) and not any(p.requires_grad for p in act.parameters()))
 
 
-def _product(act: Any, gate: Tensor, up: Tensor) -> Tensor:
+def _gated_product(act: Any, gate: Tensor, up: Tensor) -> Tensor:
     """`(..., I)`, in a function of its own so that gate and up are gone when it is multiplied."""
     if gate.dtype != up.dtype:
         return act(gate) * up

@@ -246,8 +246,8 @@ def token_scores(
 
 def token_divergences(
     rows: tuple[Tensor, Tensor],
-    heads: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
-    rules: tuple[LogitRule, LogitRule],
+    head: Callable[[Tensor], Tensor],
+    rule: LogitRule,
     chunk_size: int | None = None,
     vocabulary: int = 2**17,
 ) -> Tensor:
@@ -257,8 +257,8 @@ def token_divergences(
 
     Args:
         rows: `(N, H)` hidden states at the scored positions, of the policy and of the reference.
-        heads: LM head of each.
-        rules: Scale and soft-cap of each.
+        head: LM head of both.
+        rule: Scale and soft-cap of both.
         chunk_size: Positions in a tile; None for half of `chunk_length`'s.
         vocabulary: Size of the vocabulary.
 
@@ -266,15 +266,11 @@ def token_divergences(
         `(N,)`, at least fp32; 0 where the distributions are the same.
     """
     chunk = chunk_size or max(8, chunk_length(vocabulary, None, width=4) // 2)
-    calls = [by_pieces(head) for head in heads]
-    pieces = []
+    logits, pieces = by_pieces(head), []
     with torch.no_grad():
         for start in range(0, rows[0].shape[0], chunk):
             tile = slice(start, start + chunk)
-            log_p, log_q = (
-                torch.log_softmax(rule.apply(widen(head(hidden[tile]))), -1)
-                for hidden, head, rule in zip(rows, calls, rules, strict=True)
-            )
+            log_p, log_q = (torch.log_softmax(rule.apply(widen(logits(hidden[tile]))), -1) for hidden in rows)
             pieces.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(pieces)
 

@@ -18,17 +18,17 @@ from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from qlora_dpo.cardtext import base_in_words, data_in_words, escaped, is_id, method, shown
+from qlora_dpo.cardtext import as_markdown, base_in_words, data_in_words, is_id, method, shown
 from qlora_dpo.compare import MergeDifference, compared, scored_as_trained
 from qlora_dpo.fold import BaseWeights, Fold, skeleton
+from qlora_dpo.footprint import DTYPES
 from qlora_dpo.model import adapters_below, load_tokenizer
-from qlora_dpo.paths import TOKENIZER_FILES, check_path, local_adapter, split_revision
-from qlora_dpo.record import AdapterRecord, read_record, saved_adapter
+from qlora_dpo.paths import TOKENIZER_FILES, check_path, local_adapter, saved_adapter, split_revision
+from qlora_dpo.record import AdapterRecord, read_record
 from qlora_dpo.shards import ShardWriter, open_checkpoint, size_in_bytes, weight_files
 from qlora_dpo.weights import fit_vocabulary
 
 INTO = ("quantized", "original")
-DTYPES = ("bfloat16", "float16", "float32")
 MERGE_REPORT_NAME = "merge.json"
 TAGS = ("dpo", "qlora-dpo", "preference-alignment")
 UNFINISHED_NAME = "merge.unfinished"
@@ -142,6 +142,11 @@ def merge_adapter(
     """
     _require_one_of("into", into, INTO)
     _require_one_of("dtype", dtype, DTYPES)
+    if reference is not None and sample_rows is None:
+        raise ValueError(
+            f"`reference` must be None without `sample_rows`, whose rewards are relative to it, got {reference}. Leave "
+            "it out, or give rows."
+        )
     size = size_in_bytes(max_shard_size)
     _require_free(Path(output_dir))
     job = _job(adapter, base, into, dtype, trust_remote_code)
@@ -398,8 +403,8 @@ def _own_tokenizer(job: _Job, base_files: Container[str], own_files: Iterable[st
 def _card(job: _Job, report: MergeReport) -> ModelCard:
     """The card of a merged model: what it is made of, how to load it, and what the merge changed."""
     record, name = job.record, Path(report.output_dir).resolve().name
-    base = base_in_words(record) if job.base == record.base else escaped(shown(job.base))
-    merged = ", then ".join(escaped(shown(one)) for one in job.adapters)
+    base = base_in_words(record) if job.base == record.base else as_markdown(shown(job.base))
+    merged = ", then ".join(as_markdown(shown(one)) for one in job.adapters)
     stored = {"quantized": "as it was quantised in training, dequantised", "original": "as it is stored"}[job.into]
     trust = ", trust_remote_code=True" if job.trust_remote_code else ""
     licence = record.licence.get("license_name") or record.licence.get("license")
@@ -417,7 +422,7 @@ tokenizer = AutoTokenizer.from_pretrained({name!r}{trust})
         "Data of the adapter": data_in_words(record),
         "Limits": "The model has the limits and the biases of its base and of those who wrote the preferences; neither "
         "safety nor abilities outside that data were measured.",
-        "Licence": licence and f"That of the base model: {escaped(licence)}.",
+        "Licence": licence and f"That of the base model: {as_markdown(licence)}.",
     }
     body = "\n\n".join(f"## {head}\n\n{text}" if head else text for head, text in sections.items() if text)
     ids = list(dict.fromkeys(origin["id"] for origin in record.datasets.values() if "id" in origin))
@@ -430,7 +435,7 @@ tokenizer = AutoTokenizer.from_pretrained({name!r}{trust})
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([*TAGS, *(record.loss.get("loss_type") or [])])),
     )
-    return ModelCard(f"---\n{head.to_yaml()}\n---\n# {escaped(name)}\n\n{body}\n")
+    return ModelCard(f"---\n{head.to_yaml()}\n---\n# {as_markdown(name)}\n\n{body}\n")
 
 
 def _differences(report: MergeReport) -> str:

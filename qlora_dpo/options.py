@@ -8,12 +8,11 @@ from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig
 
 from qlora_dpo.config import QLoRADPOConfig
-from qlora_dpo.footprint import MemoryOptions
+from qlora_dpo.footprint import DTYPES, MemoryOptions
 from qlora_dpo.model import default_quantization, device_map, load_policy
 from qlora_dpo.paths import adapter_folder
 from qlora_dpo.typed import help_of
 
-DTYPES = ("bfloat16", "float16", "float32")
 QUANT_TYPES = ("nf4", "fp4")
 STORAGE_DTYPES = ("uint8", *DTYPES)
 
@@ -91,7 +90,13 @@ def _lora(model: ModelArguments, args: QLoRADPOConfig) -> LoraConfig | None:
             f"`lora_target_modules` must be all-linear alone or names of layers, got {' '.join(targets)}. all-linear "
             "leaves the head out: name every layer to adapt it too."
         )
-    if adapter_folder(model.model_name_or_path) and not model.new_adapter:
+    on_adapter = adapter_folder(model.model_name_or_path)
+    if model.new_adapter and not on_adapter:
+        raise ValueError(
+            f"`new_adapter` must be False for {model.model_name_or_path}, which is no adapter and gets a new one "
+            "anyway, got True. Leave it out."
+        )
+    if on_adapter and not model.new_adapter:
         changed = [f.name for f in fields(model) if f.name.startswith("lora_") and getattr(model, f.name) != f.default]
         if changed:
             raise ValueError(

@@ -46,7 +46,10 @@ class CachedReference:
         self.misses = 0
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The cached values; a batch with a completion that is not cached is computed, and kept."""
+        """`logps` `(B,)` and `token_logps` `(N,)`, in nats.
+
+        A batch with a completion that is not cached is computed, and kept.
+        """
         keys, lengths = batch["keys"], batch["lengths"]
         found = self.cache.get(self.identity, keys)
         missing = [i for i, value in enumerate(found) if value is None or len(value) != lengths[i]]
@@ -65,7 +68,7 @@ class CachedReference:
         return self.live.weights()
 
 
-def cached_reference(live: Reference, path: str | None, mixed_precision: str) -> CachedReference:
+def cached_reference(live: Reference, path: str | None, rounding: str) -> CachedReference:
     """A reference whose log-probabilities are kept on disk under what decides them and nothing else.
 
     That is its weights (quantised as they are), the config that says how they are used, and the precision of the
@@ -74,7 +77,7 @@ def cached_reference(live: Reference, path: str | None, mixed_precision: str) ->
     Args:
         live: What computes the values that are missing.
         path: File of the cache; None for the default one.
-        mixed_precision: `bf16`, `fp16` or `no`.
+        rounding: What decides how numbers are rounded, as `QLoRADPOConfig.rounding` says it.
 
     Raises:
         ValueError: If there is nothing to keep.
@@ -83,7 +86,7 @@ def cached_reference(live: Reference, path: str | None, mixed_precision: str) ->
         raise ValueError("`precompute_ref_log_probs` must be False without a reference, got True. Set it to False.")
     model = live.model if isinstance(live, ModelReference) else live.policy  # type: ignore[attr-defined]
     config = {name: value for name, value in model.config.to_dict().items() if name not in _WITHOUT_EFFECT}
-    described = json.dumps([fingerprint(live), config, mixed_precision], sort_keys=True, default=str)
+    described = json.dumps([fingerprint(live), config, rounding], sort_keys=True, default=str)
     identity = hashlib.sha256(described.encode()).hexdigest()
     return CachedReference(live, LogpsCache(path or default_cache_path()), identity)
 

@@ -361,3 +361,21 @@ def prove_model(
     check_logit_rule(model, [*groups[0].prompt_ids, *groups[0].completion_ids[0]], device)
     span = attention_span(model.config.get_text_config())
     return choose_layout(model, beyond_window(shortened(groups, max_tokens), span, max_length), asked, device)
+
+
+def prove_models(
+    policy: Any, other: Any | None, groups: Sequence[Group], asked: str, *limits: Any
+) -> tuple[str, LayoutProof | None]:
+    """The layout that holds for a policy and, where there is one, for a reference model; and the policy's proof.
+
+    Args:
+        policy: As in `prove_model`.
+        other: The reference model; None for none.
+        groups: As in `prove_model`.
+        asked: The option `batch_layout`.
+        *limits: What else `prove_model` takes.
+    """
+    layout, proof = prove_model(policy, groups, asked, *limits)
+    if other is not None:
+        layout, _ = prove_model(other, groups, asked if layout == "tree" else layout, *limits)
+    return layout, proof

@@ -45,7 +45,9 @@ class AdapterRecord:
         reference: What rewards are relative to: `base`, `initial`, `adapter`, `model`, `average`, `given` or `none`.
         reference_source: Path or id that the reference can be loaded from again, if it has one.
         reference_hash: Hash of the reference adapter's weights, if it is or has one.
-        stacked_on: Path or id of the frozen adapter that this one was trained on top of; `unknown` if it has none.
+        reference_in_4bit: Whether a model that is the reference was loaded in 4 bit.
+        stacked_on: Path or id of the frozen adapter that this one was trained on top of, `unknown` if it was in memory
+            only; None without one.
         beta: Factor of the rewards.
         loss: The options that made the loss, by name.
         bco_delta: Running mean of rewards at the end, with `bco_running_mean`.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-Scores = dict[str, Tensor]
+Said = dict[str, Tensor]
 """What a reference returns, by name."""
 
 
@@ -21,9 +21,9 @@ class Remembered:
     """
 
     def __init__(self, most_bytes: int) -> None:
-        self._left, self._kept = most_bytes, dict[bytes, Scores]()
+        self._left, self._kept = most_bytes, dict[bytes, Said]()
 
-    def of(self, batch: dict[str, Any], asked: Any, compute: Callable[[], Scores]) -> Scores:
+    def of(self, batch: dict[str, Any], asked: Any, compute: Callable[[], Said]) -> Said:
         """The scores of a batch, computed if it is the first of its kind.
 
         Args:

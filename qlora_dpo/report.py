@@ -22,9 +22,9 @@ from qlora_dpo.charts import (
     COLOURS,
     Chart,
     Line,
+    as_html,
     drawable,
     draws_words,
-    escaped,
     histogram,
     intervals,
     line_chart,
@@ -101,7 +101,7 @@ def write_report(run_dir: str) -> str:
     curves, distributions, slices = curve_charts(state["log_history"]), _distributions(reports, pairs), _slices(reports)
     notes += write_pictures(run / PICTURES, [*curves, *distributions, *slices])
     special = _special_tokens(run)
-    title = escaped(f"Preference training of {run.resolve().name}")
+    title = as_html(f"Preference training of {run.resolve().name}")
     sections = {
         "Result": _headline(reports, metrics),
         "Curves": _grid(curves) + _not_logged(curves),
@@ -110,7 +110,7 @@ def write_report(run_dir: str) -> str:
         "Pairs": _extremes(pairs, special),
         "Answers": _answers(run / GENERATIONS_NAME, special),
         "What was trained": _facts(run, state, metrics, record),
-        "Missing from the run folder": "".join(f'<p class="soft">{escaped(note)}</p>' for note in notes),
+        "Missing from the run folder": "".join(f'<p class="soft">{as_html(note)}</p>' for note in notes),
     }
     body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections.items() if content)
     page = (
@@ -224,7 +224,7 @@ def _headline(reports: Mapping[str, PreferenceReport], metrics: Mapping[str, Any
         return f'<div class="card"><h3>{name}</h3><p class="big">{big}</p><p class="soft">{note}</p></div>'
 
     shares = [
-        f"{when} [{report.accuracy.low:.3f}, {report.accuracy.high:.3f}], {escaped(report.accuracy.method)}"
+        f"{when} [{report.accuracy.low:.3f}, {report.accuracy.high:.3f}], {as_html(report.accuracy.method)}"
         for when, report in reports.items()
     ]
     cards = [
@@ -233,8 +233,8 @@ def _headline(reports: Mapping[str, PreferenceReport], metrics: Mapping[str, Any
         card("ECE", "", lambda report: report.calibration.ece, "calibration error; 0 is best"),
     ]
     size = [
-        f"{when}: {escaped(report.name)}, {report.pairs:,} pairs of {report.groups:,} rows, "
-        f"ties {100 * report.ties:.1f} %, accuracy of the reference {escaped(report.reference_accuracy)}"
+        f"{when}: {as_html(report.name)}, {report.pairs:,} pairs of {report.groups:,} rows, "
+        f"ties {100 * report.ties:.1f} %, accuracy of the reference {as_html(report.reference_accuracy)}"
         for when, report in reports.items()
     ]
     lines = "".join(f'<p class="soft">{line}</p>' for line in size)
@@ -266,7 +266,7 @@ def curve_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 def _not_logged(curves: Sequence[Chart]) -> str:
     missing = [title for title in CURVES if title not in [chart.title for chart in curves]]
-    return f'<p class="soft">Not logged: {escaped("; ".join(missing))}.</p>' if missing else ""
+    return f'<p class="soft">Not logged: {as_html("; ".join(missing))}.</p>' if missing else ""
 
 
 def _distributions(reports: Mapping[str, PreferenceReport], pairs: Mapping[str, Path]) -> list[Chart]:
@@ -304,13 +304,13 @@ def _answers(path: Path, special: re.Pattern[str]) -> str:
     for line in [line for line in lines if line.get("step") == lines[-1].get("step")]:
         writers = {who: line[who] for who in ("policy", "reference") if isinstance(line.get(who), dict)}
         texts = [
-            f'<div><p class="soft">{who}, {escaped(way)}</p>{_folded(text, colour, special)}</div>'
+            f'<div><p class="soft">{who}, {as_html(way)}</p>{_folded(text, colour, special)}</div>'
             for way in dict.fromkeys(way for found in writers.values() for way in found)
             for colour, (who, found) in zip((0, 2), writers.items(), strict=False)
             if (text := found.get(way)) is not None
         ]
         prompt = f'<p class="soft">prompt</p>{_folded(line.get("prompt", ""), 2, special)}'
-        head = f"<p>step {escaped(line.get('step', '?'))}</p>"
+        head = f"<p>step {as_html(line.get('step', '?'))}</p>"
         cards.append(f'<div class="card pair">{head}{prompt}<div class="grid">{"".join(texts)}</div></div>')
     return "".join(cards)
 
@@ -332,13 +332,13 @@ def _extremes(pairs: Mapping[str, Path], special: re.Pattern[str]) -> str:
 
 
 def _pair(pair: Mapping[str, Any], special: re.Pattern[str]) -> str:
-    subset = "" if pair.get("subset") is None else f", subset {escaped(pair['subset'])}"
-    head = f"row {escaped(pair.get('row', '?'))}, pair {escaped(pair.get('pair', '?'))}{subset}"
+    subset = "" if pair.get("subset") is None else f", subset {as_html(pair['subset'])}"
+    head = f"row {as_html(pair.get('row', '?'))}, pair {as_html(pair.get('pair', '?'))}{subset}"
     texts = []
     for colour, name in {2: "prompt", 0: "chosen", 1: "rejected"}.items():
         reward, tokens = drawable(pair.get(f"reward_{name}")), pair.get(f"tokens_{name}")
         label = name + f", reward {reward:.3f}" * math.isfinite(reward)
-        label += "" if tokens is None else f", {escaped(f'{drawable(tokens):g}')} tokens"
+        label += "" if tokens is None else f", {as_html(f'{drawable(tokens):g}')} tokens"
         texts.append(f'<p class="soft">{label}</p>{_folded(pair.get(name, ""), colour, special)}')
     return f'<div class="card pair"><p><b>margin {pair["margin"]:.3f}</b>, {head}</p>{"".join(texts)}</div>'
 
@@ -354,7 +354,7 @@ def _folded(text: Any, colour: int, special: re.Pattern[str]) -> str:
 
 def _muted(text: str, special: re.Pattern[str]) -> str:
     """Escaped, with special tokens smaller and softer than the text."""
-    parts = map(escaped, special.split(text))
+    parts = map(as_html, special.split(text))
     return "".join(f"<i>{part}</i>" if number % 2 else part for number, part in enumerate(parts))
 
 
@@ -377,7 +377,7 @@ def _facts(run: Path, state: Mapping[str, Any], metrics: Mapping[str, Any], reco
     shown |= {"speed and memory": speed} if (speed := _speed(state["log_history"])) else {}
     if not record.get("versions"):
         shown["installed when this page was written"] = versions()
-    rows = (f"<tr><th>{escaped(name)}</th><td>{_value(value)}</td></tr>" for name, value in shown.items())
+    rows = (f"<tr><th>{as_html(name)}</th><td>{_value(value)}</td></tr>" for name, value in shown.items())
     return f"<table><tbody>{''.join(rows)}</tbody></table>"
 
 
@@ -402,5 +402,5 @@ def _speed(history: Sequence[Mapping[str, Any]]) -> list[str]:
 def _value(value: Any) -> str:
     if isinstance(value, dict):
         parts = {name: part for name, part in value.items() if part is not None}
-        return "<br>".join(f"{escaped(name)}: {_value(part)}" for name, part in parts.items())
-    return ", ".join(map(_value, value)) if isinstance(value, list) else escaped(value)
+        return "<br>".join(f"{as_html(name)}: {_value(part)}" for name, part in parts.items())
+    return ", ".join(map(_value, value)) if isinstance(value, list) else as_html(value)

@@ -77,12 +77,15 @@ def plan_for(policy: PeftModel, args: Any, card: int, tokens: int, device: torch
         device: Where it is trained.
     """
     base = policy.get_base_model()
+    if getattr(base, "is_loaded_in_8bit", False):
+        raise NotImplementedError("A base must be in 4 or 16 bit to be planned, got one in 8 bit. Use one in 4 bit.")
     ranks = [getattr(policy.peft_config[name], "r", None) for name in trained_adapters(policy)]
     options = MemoryOptions(
         tokens=tokens,
         lora_r=max([rank for rank in ranks if isinstance(rank, int)], default=MemoryOptions().lora_r),
         gradient_checkpointing=args.recomputes,
         quantize=is_quantized(base),
+        use_bnb_nested_quant=_has_nested_constants(base),
         dtype={"bf16": "bfloat16", "fp16": "float16"}.get(args.arithmetic, "float32"),
         optim=args.optim if args.optim in OPTIMIZERS else MemoryOptions().optim,
         activation_offloading=args.activation_offloading,
@@ -93,6 +96,13 @@ def plan_for(policy: PeftModel, args: Any, card: int, tokens: int, device: torch
         device="cpu" if device.type == "cpu" else "cuda",
     )
     return plan_memory(base.config, gpu_bytes=card, **vars(options))
+
+
+def _has_nested_constants(base: torch.nn.Module) -> bool:
+    """Whether the quantisation constants of a base are quantised too, as its first 4-bit layer has it."""
+    states = (getattr(parameter, "quant_state", None) for parameter in base.parameters())
+    first = next((state for state in states if state is not None), None)
+    return MemoryOptions().use_bnb_nested_quant if first is None else bool(first.nested)
 
 
 def _planned(policy: PeftModel, args: Any, card: int, tokens: int, device: torch.device) -> MemoryPlan | None:

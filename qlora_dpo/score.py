@@ -29,7 +29,7 @@ from qlora_dpo.lean import use_lean_layers
 from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.model import load_tokenizer
 from qlora_dpo.preferences import PAIR_VALUES, Preference, parse_row
-from qlora_dpo.proof import extreme_groups, prove_model
+from qlora_dpo.proof import extreme_groups, prove_models
 from qlora_dpo.record import (
     policy_of,
     read_record,
@@ -114,7 +114,8 @@ def load_scorer(adapter: str, reference: str | None = None, base: str | None = N
     use_fast_lora(policy)
     use_lean_layers(policy)
     others = {name: value for name, value in model_kwargs.items() if name != "revision"}  # which is the base's
-    made = make_reference(asked, policy, in_4bit=record.quantization is not None, model_kwargs=others)
+    in_4bit = record.reference_in_4bit if reference is None else record.quantization is not None
+    made = make_reference(asked, policy, in_4bit=in_4bit, model_kwargs=others)
     warn_of_reference(record, made)
     warn_of_base(record, policy)
     trusted = {name: model_kwargs[name] for name in ("trust_remote_code",) if name in model_kwargs}
@@ -216,7 +217,7 @@ def _unfit(wholes: list[list[int]], boundary: int, limit: int | None) -> str | N
 
 def _logps(scorer: Scorer, groups: list[Group]) -> list[list[tuple[float, float]]]:
     """Log-probabilities under policy and reference, in nats, of the completions of each group."""
-    smaller = memory_said("while rows were scored", "Use a smaller `batch_size`, or set `max_length`.")
+    smaller = memory_said("while rows were scored", "Use a smaller `batch_size`, or leave out the longest rows.")
     with torch.no_grad(), scorer.autocast(), smaller:
         if scorer.layout is None:
             scorer.layout = _proven_layout(scorer, groups)
@@ -232,11 +233,8 @@ def _proven_layout(scorer: Scorer, groups: list[Group]) -> str:
     sample = extreme_groups(  # the proof compares two rows of a group with each other
         replace(group, completion_ids=[*group.completion_ids, group.completion_ids[0]]) for group in groups
     )
-    layout, _ = prove_model(scorer.policy, sample, "auto", scorer.context, scorer.device)
-    if isinstance(scorer.reference, ModelReference):
-        other = scorer.reference.placed_on(scorer.device)
-        asked = "auto" if layout == "tree" else layout
-        layout, _ = prove_model(other, sample, asked, scorer.context, scorer.device)
+    other = scorer.reference.placed_on(scorer.device) if isinstance(scorer.reference, ModelReference) else None
+    layout, _ = prove_models(scorer.policy, other, sample, "auto", scorer.context, scorer.device)
     return layout
 
 

@@ -74,7 +74,7 @@ class Scores:
         return beta * self.logratios.detach()
 
 
-SIDES = (
+SIDE_COLUMNS = (
     "pi_w",
     "pi_l",
     "likelihood_w",
@@ -93,7 +93,7 @@ def sides_table(scores: Scores) -> Tensor:
     """Pairs as rows of numbers, which can be gathered from micro-batches, processes and evaluation batches.
 
     Returns:
-        `(T, len(SIDES))` in the dtype of `pi_logps`, differentiable in its first four columns.
+        `(T, len(SIDE_COLUMNS))` in the dtype of `pi_logps`, differentiable in its first four columns.
     """
     like = scores.pi_logps
     ones = torch.ones_like(scores.yw_idxs, dtype=like.dtype)
@@ -110,7 +110,7 @@ def sides_table(scores: Scores) -> Tensor:
 
 def scores_of_sides(table: Tensor) -> Scores:
     """Scores of T pairs whose 2T completions are no longer shared, from a `sides_table`."""
-    column = dict(zip(SIDES, table.unbind(1), strict=True))
+    column = dict(zip(SIDE_COLUMNS, table.unbind(1), strict=True))
     both = {
         name: torch.cat((column[f"{name}_w"], column[f"{name}_l"])) for name in ("pi", "likelihood", "ref", "length")
     }

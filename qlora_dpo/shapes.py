@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_dpo.adapters import stacked_experts, text_prefix
 from qlora_dpo.attention import attention_backend
-from qlora_dpo.footprint import GATHERED, Attention, Case, Kept, Shape
+from qlora_dpo.footprint import GATHERED, Attention, Kept, LayerCase, Shape
 from qlora_dpo.lean import is_gated_mlp, norm_rule
 from qlora_dpo.logits import LogitRule, widen
 from qlora_dpo.paths import at_revision, with_revision
@@ -284,7 +284,7 @@ def _lean_norm(module: Any, x: Tensor) -> Tensor:
 class _Run:
     """One run of a layer without data: what it keeps, and when it attends."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: LayerCase) -> None:
         self.case = case
         self.sizes: list[Attention] = []
         self.kept: list[Tensor] = []
@@ -434,7 +434,7 @@ def _stand_ins(layer: nn.Module, lean_mlp: bool) -> None:
             module.__dict__.pop("forward", None)
 
 
-def _run_case(decoder: Any, layer: nn.Module, case: Case, inner: int) -> tuple[list[Attention], Kept]:
+def _run_case(decoder: Any, layer: nn.Module, case: LayerCase, inner: int) -> tuple[list[Attention], Kept]:
     """Run the layer once; sizes of attention for each time that it attends."""
     run = _Run(case)
     AttentionInterface.register(_STAND_IN, run.attend)
@@ -454,7 +454,7 @@ def _run_case(decoder: Any, layer: nn.Module, case: Case, inner: int) -> tuple[l
     return run.sizes, run.result(given, state, activation)
 
 
-def _run_layer(model: Any, layer: nn.Module, name: str, inner: int) -> tuple[Attention, dict[Case, Kept]]:
+def _run_layer(model: Any, layer: nn.Module, name: str, inner: int) -> tuple[Attention, dict[LayerCase, Kept]]:
     """Sizes of a layer's attention, and what the layer keeps in each case.
 
     Raises:
@@ -462,7 +462,7 @@ def _run_layer(model: Any, layer: nn.Module, name: str, inner: int) -> tuple[Att
     """
     decoder, found = model.get_decoder(), {}
     try:
-        for case in itertools.starmap(Case, itertools.product((4, 2), (True, False), (True, False))):
+        for case in itertools.starmap(LayerCase, itertools.product((4, 2), (True, False), (True, False))):
             sizes, found[case] = _run_case(decoder, layer, case, inner)
     except Exception as error:  # a model's own code, which may do what cannot be done without data
         raise _unplanned("have layers that run without data, on one state a token,", name, _reason(error)) from error

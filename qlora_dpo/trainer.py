@@ -59,7 +59,7 @@ from qlora_dpo.migration import check_callbacks, check_overrides
 from qlora_dpo.model import keep_one_arithmetic
 from qlora_dpo.precomputed import CachedReference, cached_reference, precompute
 from qlora_dpo.progress import with_preferences
-from qlora_dpo.proof import LayoutProof, check_start, prove_model, sample_groups
+from qlora_dpo.proof import LayoutProof, check_start, prove_models, sample_groups
 from qlora_dpo.recompute import checkpoint_activations, keep_activations
 from qlora_dpo.record import evaluations_of, read_record
 from qlora_dpo.reference import GIVEN, AverageReference, LiveReference, ModelReference, starts_at, warn_of_itself
@@ -81,7 +81,8 @@ class QLoRADPOTrainer(SavingTrainer):
     Args:
         model: Hub id or folder (loaded in NF4 unless `quantization_config` says otherwise, with default LoRA unless
             `peft_config` is given), a `PreTrainedModel` (needs `peft_config`) or a `PeftModel`, trained as it is.
-        ref_model: A model of its own to compare with; None for what `args.reference` says.
+        ref_model: A model of its own to compare with, or the path or id of one or of an adapter; None for what
+            `args.reference` says.
         args: The configuration; None for the defaults.
         data_collator: Must be None or a `GroupCollator`.
         train_dataset: Preference rows in any form `preferences.parse_row` accepts.
@@ -112,7 +113,7 @@ class QLoRADPOTrainer(SavingTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | str | None = None,
         args: QLoRADPOConfig | None = None,
         data_collator: GroupCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -206,11 +207,13 @@ class QLoRADPOTrainer(SavingTrainer):
         groups, asked = self._sample(), self.args.batch_layout
         limits = self.args.max_length, self.args.device, self.data_collator.max_tokens
         with self.accelerator.autocast(), memory_said(*_AT_THE_START):
-            layout, self.layout_proof = prove_model(self.model, groups, asked, *limits)
-            if isinstance(self.reference, ModelReference):
-                other = self.reference.placed_on(self.args.device)
-                asked = asked if layout == "tree" else layout
-                layout, _ = prove_model(other, groups, asked, *limits)
+            other = self.reference.placed_on(self.args.device) if isinstance(self.reference, ModelReference) else None
+            layout, self.layout_proof = prove_models(self.model, other, groups, asked, *limits)
+        if self.args.padding_free and layout == "padded":
+            raise NotImplementedError(
+                f"`padding_free` must be False for {type(self.model.get_base_model()).__name__}, on which rows of "
+                "several sequences do not hold, got True. Leave it out."
+            )
         self.data_collator.layout = layout
         if self.args.precompute_ref_log_probs:
             args = self.args

@@ -36,8 +36,8 @@ def help_of(declared_by: type, name: str) -> dict[str, Any]:
 
 
 def may_be_none(declared_by: type, name: str) -> bool:
-    """Whether a field of a class may be None."""
-    return types.NoneType in _types(declared_by)[name]
+    """Whether a field of a class may be None; one that it inherits may not."""
+    return types.NoneType in _types(declared_by).get(name, ())
 
 
 def without_numpy(instance: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: matrix products, attention, the head's logits, dequantisation, casts, the rest.
+"""Where the time of a step goes: matrix products, dequantisation, casts, exponentials, elementwise, the rest.
 
     python scripts/profile_step.py --data preferences.jsonl --model DIR [--dtype bfloat16] [--output FILE.json]
 

@@ -85,7 +85,7 @@ def reference(folder):
     policy = load_policy("ada/adapter", **plain)
     tokenizer = load_tokenizer("ada/adapter")
     for name in ("ada/adapter", "ada/adapter@main", "ada/base@v1", "base"):
-        args = config(folder / "r", reference=name, reference_in_4bit=name == "base", model_init_kwargs=None)
+        args = config(folder / "r", reference=name, reference_in_4bit=name != "ada/base@v1", model_init_kwargs=None)
         report = evaluate_preferences(policy, ROWS, tokenizer, args)
         found[name] = report.margin.mean
     again = QLoRADPOTrainer(policy, None, config(folder / "again"), None, ROWS, None, tokenizer)

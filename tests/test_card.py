@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig
 from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.__main__ import main
 from qlora_dpo.card import MARK, is_own, write_card
-from qlora_dpo.cardtext import escaped, shown
+from qlora_dpo.cardtext import as_markdown, shown
 from qlora_dpo.cli import MergeArguments, parse
 from qlora_dpo.config import LOSS_FIELDS
 from qlora_dpo.data import NO_PAIRS
@@ -400,7 +400,7 @@ def test_an_evaluation_that_is_not_finite_is_no_result(base_folder, tokenizer, m
 
 
 def test_text_from_data_breaks_no_table_and_no_page():
-    assert escaped("a|b\n<script>*x*`y`") == r"a\|b \<script\>\*x\*\`y\`"
+    assert as_markdown("a|b\n<script>*x*`y`") == r"a\|b \<script\>\*x\*\`y\`"
 
 
 def test_of_a_path_the_last_part_is_shown(tmp_path):

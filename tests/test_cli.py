@@ -196,6 +196,10 @@ def test_an_evaluation_has_its_reference_in_as_many_bits_as_the_training(base_fo
         found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
         assert found["eval_rewards/margins"] == pytest.approx(trained["eval_rewards/margins"], rel=1e-6)
     assert main([*asked[: -len(more)], "--reference", "base"]) == 0  # which is in as many bits as the policy
+    words = ["score", "--adapter", str(tmp_path / "run"), "--source", rows_file, "--target", str(tmp_path / "s.jsonl")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # that its reference has changed
+        assert main(words) == 0
 
 
 def test_json_on_stdout_is_nothing_else(base_folder, rows_file, tmp_path, capsys):

@@ -180,11 +180,11 @@ def test_divergences_and_the_check_of_the_logit_rule_call_it_by_pieces_too(monke
     monkeypatch.setattr(four_bit_head, "PIECE_ELEMENTS", 40 * H)
     packed, plain = heads(bias=True)
     hidden, _ = rows()
-    both, rules = (hidden.detach(), hidden.detach() * 1.5), (RULES[0], RULES[0])
+    both = (hidden.detach(), hidden.detach() * 1.5)
     assert torch.allclose(by_pieces(packed)(hidden), plain(hidden), atol=1e-5)
     asked, take = [], HeadRows.__getitem__
     monkeypatch.setattr(HeadRows, "__getitem__", lambda self, ids: asked.append(ids) or take(self, ids))
-    divergences = [token_divergences(both, (head, head), rules, None, V) for head in (packed, plain)]
+    divergences = [token_divergences(both, head, RULES[0], None, V) for head in (packed, plain)]
     assert torch.allclose(*divergences, atol=1e-5)
     assert len(asked) == 2 * 8
     with called_by_pieces(packed):

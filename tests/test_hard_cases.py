@@ -575,6 +575,8 @@ def test_b_training_on_an_adapter_folder_says_what_a_user_can_do(base_folder, ro
     assert "Add --new_adapter true" in capsys.readouterr().err
     assert main(train_words(folder, rows_file, tmp_path / "o")) == 0
     assert "frozen copy" in capsys.readouterr().err
+    assert main([*train_words(base_folder, rows_file, tmp_path / "n"), "--new_adapter", "true"]) == 2
+    assert "`new_adapter` must be False for" in capsys.readouterr().err
 
 
 def test_b_text_prompt_with_whole_conversations(tokenizer):

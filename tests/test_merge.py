@@ -727,6 +727,16 @@ def test_weights_too_large_for_fp16_are_refused(tokenizer, tmp_path):
         merge_adapter(adapter, str(tmp_path / "out"), dtype="float16")
 
 
+def test_options_of_sample_rows_are_refused_without_any(adapter, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"`reference` must be None without `sample_rows`.*got base"):
+        merge_adapter(adapter, str(tmp_path / "out"), reference="base")
+    words = ["merge", "--adapter", adapter, "--output_dir", str(tmp_path / "out")]
+    for option, value in {"num_rows": "4", "dataset_test_split": "test", "dataset_config": "x"}.items():
+        assert main([*words, f"--{option}", value]) == 2
+        assert f"`{option}` must be" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("size", "found"), [("2GB", 2_000_000_000), ("1MiB", 2**20), (500, 500), ("1.5kb", 1500)])
 def test_sizes(size, found):
     assert size_in_bytes(size) == found

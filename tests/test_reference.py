@@ -347,6 +347,13 @@ def test_an_adapter_named_by_its_path_is_the_reference(tokenizer, make_args, tmp
     assert not list((tmp_path / "run").rglob("reference"))
 
 
+def test_an_adapter_as_reference_has_no_bits_of_its_own(tokenizer, make_args, tmp_path):
+    trained(tokenizer, task_type="CAUSAL_LM").save_pretrained(tmp_path / "sft")
+    args = make_args(reference=str(tmp_path / "sft"), reference_in_4bit=False)
+    with pytest.raises(ValueError, match=r"`reference_in_4bit` must be True for the adapter .*sft, which lies on the"):
+        trainer_of(tokenizer, args, policy_of(tokenizer))
+
+
 @pytest.mark.parametrize("in_4bit", [True, False])
 def test_a_model_named_by_its_path_is_the_reference(tokenizer, make_args, base_folder, in_4bit):
     args = make_args(max_steps=1, learning_rate=1e-2, reference=base_folder, reference_in_4bit=in_4bit)

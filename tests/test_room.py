@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 from datasets import Dataset
+from transformers import BitsAndBytesConfig
 
 from qlora_dpo import QLoRADPOTrainer, load_policy, room
 from qlora_dpo.memory import GIB
@@ -98,6 +99,22 @@ def test_a_model_without_a_plan_trains_and_the_reason_is_said_once(tokenizer, ma
         warnings.simplefilter("error")
         assert budget_for(policy, args, CUDA) is None
         assert kept_layers_for(policy, args, CUDA, 100) == 0
+
+
+def test_a_base_in_8_bit_has_no_plan(base_folder, make_args, card):
+    card(GIB)
+    policy = load_policy(base_folder)
+    policy.get_base_model().is_loaded_in_8bit = True
+    room._say_unplanned.cache_clear()
+    with pytest.warns(UserWarning, match="must be in 4 or 16 bit to be planned, got one in 8 bit"):
+        assert budget_for(policy, make_args(max_tokens_per_forward="auto"), CUDA) is None
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_plan_counts_quantisation_constants_as_the_base_has_them(nested, base_folder, make_args):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
+    policy = load_policy(base_folder, quantization_config=quantization)
+    assert plan_for(policy, make_args(), GIB, 100, CPU).options.use_bnb_nested_quant == nested
 
 
 def test_an_error_that_no_plan_expects_is_not_swallowed(tokenizer, make_args, card, monkeypatch):

@@ -169,6 +169,18 @@ def test_auto_falls_back_to_padded_with_both_numbers(tokenizer, make_args):
     assert np.isfinite(trainer.state.log_history[0]["loss"])
 
 
+def test_rows_that_must_be_padded_are_refused_where_none_may_be(tokenizer, make_args):
+    from tiny_models import build
+
+    model = get_peft_model(build("bloom"), LoraConfig(r=4, target_modules="all-linear"))
+    trainer = trainer_of(tokenizer, make_args(max_steps=1, padding_free=True), policy=model)
+    with (
+        pytest.warns(UserWarning, match="falls back to 'padded'"),
+        pytest.raises(NotImplementedError, match="`padding_free` must be False for BloomForCausalLM"),
+    ):
+        trainer.train()
+
+
 def test_a_layout_asked_for_by_name_is_used_with_a_warning_if_it_does_not_hold(tokenizer, make_args):
     from tiny_models import build
 
