@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
@@ -115,21 +116,7 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
     load: dict[str, Any] = {"path_or_id": data.dataset_name, "name": data.dataset_config}
     train_rows = load_rows(split=data.dataset_train_split, **load)
     test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None
-    set_seed(args.seed)  # the adapter's A matrices are random
-    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    revision = options.get("revision", model.model_revision)
-    policy = chosen_policy(model, args)
-    at = {} if revision is None else {"revision": revision}
-    tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code, **at)
-    trainer = QLoRADPOTrainer(
-        model=policy,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=test_rows,
-        processing_class=tokenizer,
-    )
-    for origin in trainer.prepared.origins:
-        trainer.prepared.name(origin, data.dataset_name, data.dataset_config)
+    trainer = _trainer(data, model, args, train_rows, test_rows)
     metrics: dict[str, Any] = {}
     if test_rows is not None and goes_on is None:
         metrics["before"] = trainer.evaluate()
@@ -151,6 +138,28 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
     if args.push_to_hub:
         print(f"adapter pushed to {trainer.push_to_hub()}")
     print(f"adapter saved in {args.output_dir}; judge it with: qlora-dpo evaluate --adapter {args.output_dir}")
+
+
+def _trainer(
+    data: DataArguments, model: ModelArguments, args: QLoRADPOConfig, train_rows: Dataset, test_rows: Dataset | None
+) -> QLoRADPOTrainer:
+    """The trainer of a policy that the options choose, with the names of its data."""
+    set_seed(args.seed)  # the adapter's A matrices are random
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    revision = options.get("revision", model.model_revision)
+    policy = chosen_policy(model, args)
+    at = {} if revision is None else {"revision": revision}
+    tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=args.trust_remote_code, **at)
+    trainer = QLoRADPOTrainer(
+        model=policy,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=test_rows,
+        processing_class=tokenizer,
+    )
+    for origin in trainer.prepared.origins:
+        trainer.prepared.name(origin, data.dataset_name, data.dataset_config)
+    return trainer
 
 
 def _save(trainer: QLoRADPOTrainer, metrics: dict[str, Any]) -> None:

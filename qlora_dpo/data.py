@@ -324,17 +324,9 @@ def prepare_dataset(
         ValueError: If the set is empty, its columns are not understood, every row is dropped, or a stream is to merge.
     """
     columns = columns_of(dataset)
-    if merge and isinstance(dataset, IterableDataset):
-        raise ValueError(
-            f"`merge_prompts` must be False for a stream, whose rows are not known beforehand, got a {name} data set "
-            "that is one. Load it whole, or leave the option out."
-        )
+    _require_whole(dataset, columns, name, merge)
     if set(GROUP_COLUMNS) <= set(columns):
         return merge_prompts(_numbered(dataset)) if merge else _numbered(dataset), None
-    if getattr(dataset, "format", {}).get("type") == "custom":
-        raise ValueError(
-            f"The {name} data set must have no transform, got one, which makes rows as they are read. Use `map`."
-        )
     dataset = dataset.with_format(None)
     values = value_columns(columns)
     options = {
@@ -351,10 +343,6 @@ def prepare_dataset(
             _tokenize_streamed_row, with_indices=True, fn_kwargs=options, remove_columns=columns, features=features
         )
         return stream.filter(lambda row: not row["dropped"]), None
-    if len(dataset) == 0:
-        raise ValueError(f"The {name} data set must have rows, got none. Check its path and split.")
-    if not _recognised(columns):
-        raise ValueError(f"The {name} data set must have the columns {FORMS}, got {columns}. Rename or add columns.")
     mapped = dataset.map(
         tokenize_row,
         with_indices=True,
@@ -372,6 +360,30 @@ def prepare_dataset(
         kept = merge_prompts(kept)
     conversational = parse_row(dataset[keep[0]], pair_strategy).conversational
     return kept, data_report(name, mapped, kept, unused_columns(columns, conversational), tokenizer, batch_size)
+
+
+def _require_whole(dataset: Dataset | IterableDataset, columns: Sequence[str], name: str, merge: bool) -> None:
+    """Refuse a set that cannot be what it is to become.
+
+    Raises:
+        ValueError: If it has no rows, no columns that are understood or a transform, or is a stream that is to merge.
+    """
+    stream, tokenised = isinstance(dataset, IterableDataset), set(GROUP_COLUMNS) <= set(columns)
+    if stream and merge:
+        raise ValueError(
+            f"`merge_prompts` must be False for a stream, whose rows are not known beforehand, got a {name} data set "
+            "that is one. Load it whole, or leave the option out."
+        )
+    if not tokenised and getattr(dataset, "format", {}).get("type") == "custom":
+        raise ValueError(
+            f"The {name} data set must have no transform, got one, which makes rows as they are read. Use `map`."
+        )
+    if stream or tokenised:
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"The {name} data set must have rows, got none. Check its path and split.")
+    if not _recognised(columns):
+        raise ValueError(f"The {name} data set must have the columns {FORMS}, got {columns}. Rename or add columns.")
 
 
 def _all_dropped(name: str, mapped: Dataset, limits: TokenLimits) -> ValueError:
