@@ -198,7 +198,11 @@ def differences(then: AdapterRecord, now: AdapterRecord) -> list[str]:
     if "data" in same:
         unimportant |= set(_TOKEN_OPTIONS)
     changed = [name for name in old if name in new and name not in same | unimportant]
-    return [f"{_LABELS.get(name, f'`{name}`')} was {old[name]} and is {new[name]}" for name in changed]
+    drawn = "reference" in changed and then.reference == now.reference == "initial"
+    hint = {"reference": " (of an adapter with a random start: seed before it is made)"} if drawn else {}
+    return [
+        f"{_LABELS.get(name, f'`{name}`')} was {old[name]} and is {new[name]}{hint.get(name, '')}" for name in changed
+    ]
 
 
 def _fixed(record: AdapterRecord) -> dict[str, Any]:

@@ -344,6 +344,18 @@ def test_all_that_changed_is_listed_at_once(tokenizer, make_args, first_step):
     assert str(error.value).count(" was ") == 4
 
 
+def test_a_start_that_is_drawn_anew_is_refused_with_what_to_do(tokenizer, make_args):
+    policy = policy_of(tokenizer, random_b=True)
+    trainer_of(tokenizer, make_args(max_steps=1, **SAVING), policy=policy).train()
+    other = policy_of(tokenizer, random_b=True)
+    with torch.no_grad():
+        next(p for p in other.parameters() if p.requires_grad).add_(1)
+    with pytest.raises(
+        ValueError, match=r"the reference was initial \(\w+\) and is initial \(\w+\) \(of .*: seed before"
+    ):
+        trainer_of(tokenizer, make_args(max_steps=2, **SAVING), policy=other).train(resume_from_checkpoint=True)
+
+
 def test_another_quantisation_is_refused(base_folder, chat_rows, make_args):
     def trainer(steps, **options):
         config = BitsAndBytesConfig(**{**NF4_IN_FP32.to_dict(), **options})
