@@ -328,6 +328,17 @@ def test_a_run_on_the_cpu_loads_its_models_there_though_there_is_a_gpu(base_fold
     assert {policy.device.type for policy in (*policies, reference.model)} == {"cpu"}
 
 
+def test_a_run_on_the_cpu_loads_bf16_though_the_gpu_would_have_fp16(base_folder, make_args, monkeypatch):
+    args = make_args(use_cpu=True, reference=base_folder)
+    monkeypatch.setattr("qlora_dpo.model.best_precision", lambda: "fp16")
+    policies = [policy_from(base_folder, args, None, None)]
+    policies.append(chosen_policy(ModelArguments(model_name_or_path=base_folder), args))
+    for model in (*policies, reference_from(policies[0], None, args).model):
+        assert model.dtype is torch.bfloat16
+        computed = {module.compute_dtype for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)}
+        assert computed == {torch.bfloat16}
+
+
 def test_a_quantisation_that_is_not_wanted_is_refused(base_folder):
     with pytest.raises(ValueError, match="`quantize` must be True with a `quantization_config`"):
         load_policy(base_folder, quantize=False, quantization_config=default_quantization())
