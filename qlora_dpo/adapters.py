@@ -217,7 +217,8 @@ def without_unfit_layers(config: PeftConfig, base: PreTrainedModel) -> PeftConfi
     for their gradients. Routers that are linear layers by their class but return a tuple, which PEFT cannot add to. And
     modules that another adapter replaced whole: PEFT cannot save an adapter of the copy, nothing calls the original.
     """
-    if getattr(config, "target_modules", None) != "all-linear" or config.exclude_modules is not None:
+    excluded = getattr(config, "exclude_modules", "")  # a kind of adapter that lacks it, as VeRA, leaves out nothing
+    if getattr(config, "target_modules", None) != "all-linear" or excluded is not None:
         return config
     prefix = text_prefix(base)
     named = ((name, module) for name, module in base.named_modules() if isinstance(module, nn.Linear))

@@ -10,7 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Llama4TextConfig, PhimoeConfig
 
 from qlora_dpo import load_policy
@@ -108,6 +108,11 @@ def test_routers_that_are_linear_layers_by_their_class_are_not_adapted(config, t
     assert "router" not in adapted
     install_scoring(policy.get_base_model())
     assert gradient(policy, "padded").norm() > 0
+
+
+def test_a_kind_of_adapter_that_cannot_leave_layers_out_takes_all(tokenizer):
+    policy = attach_adapter(build_tiny_llama(tokenizer), VeraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert trained_adapters(policy) == ["default"]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
