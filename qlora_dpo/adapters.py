@@ -215,9 +215,10 @@ def without_unfit_layers(config: PeftConfig, base: PreTrainedModel) -> PeftConfi
 
     Towers for images, which no text goes through: their adapters would be saved as they began, and processes would wait
     for their gradients. Routers that are linear layers by their class but return a tuple, which PEFT cannot add to. And
-    copies of modules that another adapter trains whole, where PEFT cannot save one.
+    modules that another adapter replaced whole: PEFT cannot save an adapter of the copy, nothing calls the original.
     """
-    if getattr(config, "target_modules", None) != "all-linear" or config.exclude_modules is not None:
+    excluded = getattr(config, "exclude_modules", "")  # a kind of adapter that lacks it, as VeRA, leaves out nothing
+    if getattr(config, "target_modules", None) != "all-linear" or excluded is not None:
         return config
     prefix = text_prefix(base)
     named = ((name, module) for name, module in base.named_modules() if isinstance(module, nn.Linear))
@@ -225,7 +226,7 @@ def without_unfit_layers(config: PeftConfig, base: PreTrainedModel) -> PeftConfi
     patterns = [rf"(?!{re.escape(prefix)}).*"] if prefix else []
     patterns += [rf".*\.{re.escape(name)}" for name in sorted(routers)]
     if any(isinstance(module, AuxiliaryTrainingWrapper) for module in base.modules()):
-        patterns.append(r".*\.modules_to_save\..*")
+        patterns.append(r".*\.(modules_to_save|original_module)(\..*)?")
     config = copy.copy(config)
     config.exclude_modules = "|".join(patterns) or None
     return config

@@ -87,11 +87,13 @@ def _load_file(path: Path, split: str) -> Dataset:
 
 
 def _csv_options() -> dict[str, Any]:
-    """How pandas is to read a .csv file: texts as they are, also where a column has nothing but numbers or `True`."""
+    """How pandas is to read a .csv file: at once, or a column's type would be that of its first rows, and texts as they
+    are, also where a column has nothing but numbers or `True`.
+    """
     numbers = {*PAIR_VALUES, "ref_chosen_logps", "ref_rejected_logps"}
     none = {name: _NO_NUMBER if name in numbers else [""] for name in USED_COLUMNS}
     texts = dict.fromkeys((*TEXT_COLUMNS, "subset"), _text_or_none)
-    return {"keep_default_na": False, "na_values": none, "converters": texts}
+    return {"keep_default_na": False, "na_values": none, "converters": texts, "chunksize": None}
 
 
 def _text_or_none(text: str) -> str | None:
@@ -100,10 +102,14 @@ def _text_or_none(text: str) -> str | None:
 
 
 def _with_messages(rows: Dataset) -> Dataset:
-    """Rows of .csv files, with messages where the first text of a column is a list of them."""
-    firsts = {name: next(filter(None, rows[name]), None) for name in TEXT_COLUMNS if name in rows.column_names}
-    names = [name for name, text in firsts.items() if _holds_messages(text)]
+    """Rows of .csv files, with messages where the first text of a column that is no empty list is a list of them."""
+    there = [name for name in TEXT_COLUMNS if name in rows.column_names]
+    names = [name for name in there if _holds_messages(next((text for text in rows[name] if text not in _EMPTY), None))]
     return rows.map(lambda row: {name: decoded(row[name], name) for name in names}) if names else rows
+
+
+_EMPTY = (None, "[]")
+"""Cells that tell neither texts from messages."""
 
 
 def _has_times(feature: Any) -> bool:

@@ -50,18 +50,18 @@ from qlora_dpo.recompute import checkpoint_activations
 from qlora_dpo.weights import fit_vocabulary, load_adapter_weights, require_same_vocabulary, shapes_checked_later
 
 
-def compute_dtype() -> torch.dtype:
+def compute_dtype(on_cpu: bool = False) -> torch.dtype:
     """bf16, or fp16 on a GPU without bf16."""
-    return torch.float16 if best_precision() == "fp16" else torch.bfloat16
+    return torch.float16 if not on_cpu and best_precision() == "fp16" else torch.bfloat16
 
 
-def default_quantization() -> BitsAndBytesConfig:
+def default_quantization(on_cpu: bool = False) -> BitsAndBytesConfig:
     """NF4 with double quantisation and 16-bit compute."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype(),
+        bnb_4bit_compute_dtype=compute_dtype(on_cpu),
     )
 
 
@@ -126,16 +126,17 @@ def load_base(
     """
     if not quantize and quantization_config is not None:
         raise ValueError("`quantize` must be True with a `quantization_config`, got False and one. Drop one of them.")
+    kwargs.setdefault("device_map", device_map())
+    on_cpu = kwargs["device_map"] == device_map(on_cpu=True)
     if quantize and quantization_config is None and "quantization_config" not in kwargs:
-        quantization_config = default_quantization()
+        quantization_config = default_quantization(on_cpu)
     if quantize_head:
         quantization_config = _with_head(quantization_config)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if "torch_dtype" in kwargs:  # the older name
         kwargs["dtype"] = kwargs.pop("torch_dtype")
-    kwargs.setdefault("dtype", compute_dtype())
-    kwargs.setdefault("device_map", device_map())
+    kwargs.setdefault("dtype", compute_dtype(on_cpu))
     name, kwargs = with_revision(model_id, kwargs)
     with at_revision("model", name, kwargs.get("revision")), memory_said(*_AT_LOADING):
         model = AutoModelForCausalLM.from_pretrained(lasting(name), **kwargs)  # the adapter's config will name it

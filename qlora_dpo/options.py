@@ -113,7 +113,7 @@ def _lora(model: ModelArguments, args: QLoRADPOConfig) -> LoraConfig | None:
     )
 
 
-def _quantization(model: ModelArguments) -> BitsAndBytesConfig | None:
+def _quantization(model: ModelArguments, on_cpu: bool) -> BitsAndBytesConfig | None:
     """How options ask the base to be quantised; None for not at all.
 
     Raises:
@@ -129,7 +129,7 @@ def _quantization(model: ModelArguments) -> BitsAndBytesConfig | None:
     for name, choices in (("bnb_4bit_quant_type", QUANT_TYPES), ("bnb_4bit_quant_storage", STORAGE_DTYPES)):
         if getattr(model, name) not in choices:
             raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(model, name)}. Use {choices[0]}.")
-    found = default_quantization()
+    found = default_quantization(on_cpu)
     found.bnb_4bit_quant_type = model.bnb_4bit_quant_type
     found.bnb_4bit_use_double_quant = model.use_bnb_nested_quant
     found.bnb_4bit_quant_storage = getattr(torch, model.bnb_4bit_quant_storage)
@@ -142,7 +142,7 @@ def chosen_policy(model: ModelArguments, args: QLoRADPOConfig) -> PeftModel:
     Raises:
         ValueError: For options that cannot go together, or are none of what there is.
     """
-    lora, quantization = _lora(model, args), _quantization(model)
+    lora, quantization = _lora(model, args), _quantization(model, args.use_cpu)
     options: dict[str, Any] = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

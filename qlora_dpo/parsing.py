@@ -15,8 +15,8 @@ from transformers.hf_argparser import string_to_bool
 
 _HOME = re.compile(r"(?:(?<=^)|(?<==))~(?=/)")
 """A `~` that a shell leaves as it is behind `=`, as YAML does."""
-_NUMBER = re.compile(r"[-+]?\d{1,3}[eE][-+]?\d{1,2}")
-"""`1e-6`, which YAML leaves as text; not the beginning of a commit, such as 12e4567."""
+_NUMBER = re.compile(r"[-+]?(\d{1,3}(\.\d*)?|\.\d+)[eE][-+]?\d{1,2}")
+"""`1e-6` and `1.5e6`, which YAML leaves as text; not the beginning of a commit, such as 12e4567."""
 _EPILOG = "--config FILE.yaml sets defaults that flags override."
 
 
@@ -50,10 +50,10 @@ def _as_words(parser: HfArgumentParser, options: dict[str, Any]) -> list[str]:
 
 
 def _with_numbers(value: Any) -> Any:
-    """Numbers for what YAML leaves as text because it has no point (`1e-6`), in a dict of options.
+    """Numbers for what YAML leaves as text because it has no point (`1e-6`) or no sign (`1.5e6`), in a dict of options.
 
-    >>> _with_numbers({"min_lr": "1e-6", "revision": "12e4567", "of": [{"a": "2E3"}]})
-    {'min_lr': 1e-06, 'revision': '12e4567', 'of': [{'a': 2000.0}]}
+    >>> _with_numbers({"min_lr": "1e-6", "revision": "12e4567", "of": [{"a": "1.5E3"}]})
+    {'min_lr': 1e-06, 'revision': '12e4567', 'of': [{'a': 1500.0}]}
     """
     if isinstance(value, dict):
         return {key: _with_numbers(item) for key, item in value.items()}

@@ -3,7 +3,9 @@
 A pair's loss stays what it was. Which pairs make a step changes, as a batch counts groups.
 """
 
+from array import array
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 from datasets import Dataset
@@ -21,16 +23,17 @@ def merge_prompts(groups: Dataset) -> Dataset:
         The same columns; `row`, `subset` and `turns` are those of the first row. A completion that several rows have is
         there once, unless they give it different `ref_logps`.
     """
-    places: dict[tuple[int, ...], list[int]] = {}
-    for place, prompt in enumerate(groups["prompt_ids"]):
-        places.setdefault(tuple(prompt), []).append(place)
+    plain = groups.with_format(None)
+    places: dict[bytes, list[int]] = {}
+    for place, prompt in enumerate(plain["prompt_ids"]):
+        places.setdefault(_digest(prompt), []).append(place)
     if len(places) == len(groups):
         return groups
     together = list(places.values())
-    return groups.select([of_one[0] for of_one in together]).map(
+    return plain.select([of_one[0] for of_one in together]).map(
         _merged,
         with_indices=True,
-        fn_kwargs={"groups": groups, "together": together},
+        fn_kwargs={"groups": plain, "together": together},
         features=groups.features,
         desc="Merging prompts",
     )
@@ -62,7 +65,18 @@ def tokens_once(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
     >>> tokens_once([[5, 6], [5, 6]], [[[1, 2], [3]], [[1, 2], [4, 4, 4]]])  # 2 + 1 + 0 + 2
     5
     """
-    behind: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-    for prompt, ids in zip(prompts, completions, strict=True):
-        behind.setdefault(tuple(prompt), set()).update(map(tuple, ids))
-    return sum(len(prompt) + sum(len(ids) - 1 for ids in known) for prompt, known in behind.items())
+    total, behind = 0, dict[bytes, set[bytes]]()
+    for prompt, several in zip(prompts, completions, strict=True):
+        digest = _digest(prompt)
+        total += 0 if digest in behind else len(prompt)
+        known = behind.setdefault(digest, set())
+        for ids in several:
+            if (digest := _digest(ids)) not in known:
+                known.add(digest)
+                total += len(ids) - 1
+    return total
+
+
+def _digest(ids: Sequence[int]) -> bytes:
+    """What tells tokens from others, in a few bytes: those of a large data set do not fit in memory as numbers."""
+    return sha256(array("q", ids)).digest()

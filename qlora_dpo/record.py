@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from qlora_dpo.adapters import frozen_adapters, trained_adapters
 from qlora_dpo.checkpoints import last_intact
 from qlora_dpo.config import LOSS_FIELDS, REFERENCES, QLoRADPOConfig
-from qlora_dpo.model import load_policy
+from qlora_dpo.model import is_quantized, load_policy
 from qlora_dpo.origins import base_licence, versions
 from qlora_dpo.paths import (
     RECORD_NAME,
@@ -29,7 +29,7 @@ from qlora_dpo.paths import (
     saved_adapter,
     split_revision,
 )
-from qlora_dpo.reference import Reference, reference_hash
+from qlora_dpo.reference import ModelReference, Reference, reference_hash
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class AdapterRecord:
         reference: What rewards are relative to: `base`, `initial`, `adapter`, `model`, `average`, `given` or `none`.
         reference_source: Path or id that the reference can be loaded from again, if it has one.
         reference_hash: Hash of the reference adapter's weights, if it is or has one.
-        reference_in_4bit: Whether a model that is the reference was loaded in 4 bit.
+        reference_in_4bit: Whether a model that is the reference was in 4 bit, whoever loaded it; True of other kinds.
         stacked_on: Path or id of the frozen adapter that this one was trained on top of, `unknown` if it was in memory
             only; None without one.
         beta: Factor of the rewards.
@@ -141,7 +141,7 @@ def record_of(
         reference="given" if given else reference.kind,
         reference_source=reference.source and lasting(reference.source),
         reference_hash=reference_hash(reference),
-        reference_in_4bit=args.reference_in_4bit,
+        reference_in_4bit=_in_4bit(reference),
         stacked_on=lasting(sources.get(below[-1], UNKNOWN)) if below else None,
         beta=args.beta,
         loss={name: getattr(args, name) for name in LOSS_FIELDS},
@@ -151,6 +151,12 @@ def record_of(
         pair_strategy=args.pair_strategy,
         run=run or {},
     )
+
+
+def _in_4bit(reference: Reference) -> bool:
+    """Whether a model that is the reference is in 4 bit; True of what has no bits of its own."""
+    live = getattr(reference, "live", reference)  # behind a cache
+    return not isinstance(live, ModelReference) or is_quantized(live.model)
 
 
 def write_record(folder: str, policy: PeftModel, record: AdapterRecord) -> None:

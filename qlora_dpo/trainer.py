@@ -244,7 +244,7 @@ class QLoRADPOTrainer(SavingTrainer):
         sets = [one for one in (self.train_dataset, *as_named(self.eval_dataset).values()) if one is not None]
         size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         share = (args.process_index, args.world_size)
-        with self.compute_loss_context_manager():
+        with self.not_training(), self.compute_loss_context_manager():
             precompute(reference, self.model, sets, self.data_collator, size, args.device, share, args.disable_tqdm)
         self.accelerator.wait_for_everyone()
 

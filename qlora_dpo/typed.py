@@ -44,8 +44,25 @@ def without_numpy(instance: Any) -> None:
     """Make Python's own numbers of numpy's in the fields of a dataclass: no JSON file would hold them."""
     for name in instance.__dataclass_fields__:
         value = getattr(instance, name, None)
-        if isinstance(value, np.generic):
-            setattr(instance, name, value.item())
+        if (plain := _plain(value)) is not value:
+            setattr(instance, name, plain)
+
+
+def _plain(value: Any) -> Any:
+    """A value without numpy's numbers, also those in lists and dicts; the same object where it has none.
+
+    >>> _plain({"min_lr": np.float64(0.5)}), _plain([np.int64(1), 2.0]), _plain(np.array([0.5]))
+    ({'min_lr': 0.5}, [1, 2.0], [0.5])
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if type(value) not in (dict, list):
+        return value
+    parts = list(value.values() if isinstance(value, dict) else value)
+    made = [_plain(part) for part in parts]
+    if all(one is other for one, other in zip(made, parts, strict=True)):
+        return value
+    return dict(zip(value, made, strict=True)) if isinstance(value, dict) else made
 
 
 def read_plainly(instance: Any, declared_by: type, but: Collection[str]) -> None:

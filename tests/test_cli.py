@@ -458,9 +458,10 @@ def test_yaml_values_are_converted_as_the_command_line_does(tmp_path):
     assert args.bf16 is False
 
 
-def test_a_number_without_a_point_in_a_mapping_of_yaml_is_a_number(tmp_path):
-    _, _, args = parsed(tmp_path, {"lr_scheduler_kwargs": {"min_lr": "1e-6"}})
-    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+@pytest.mark.parametrize("text", ["1e-6", "1.5e6"])
+def test_a_number_without_a_point_or_a_sign_in_a_mapping_of_yaml_is_a_number(tmp_path, text):
+    _, _, args = parsed(tmp_path, {"lr_scheduler_kwargs": {"min_lr": text}})
+    assert args.lr_scheduler_kwargs == {"min_lr": float(text)}
 
 
 def test_lists_and_mappings_in_yaml(tmp_path):

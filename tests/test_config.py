@@ -219,3 +219,11 @@ def test_numbers_of_numpy_become_plain_ones(tmp_path):
     assert [type(getattr(args, name)) for name in options] == [float, float, int, int]
     assert (args.learning_rate, args.per_device_train_batch_size, args.loss_weights) == (0.5, 2, [2.0])
     json.dumps(args.to_dict())
+
+
+def test_numbers_of_numpy_in_lists_and_dicts_become_plain_ones(tmp_path):
+    options = {"lr_scheduler_kwargs": {"min_lr": np.float32(0.5)}, "model_init_kwargs": {"max_memory": [np.int64(1)]}}
+    args = make(tmp_path, **options, loss_weights=[np.float32(2.0)])
+    found = args.lr_scheduler_kwargs, args.model_init_kwargs, args.loss_weights
+    assert found == ({"min_lr": 0.5}, {"max_memory": [1]}, [2.0])
+    json.dumps(args.to_dict())

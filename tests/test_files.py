@@ -152,6 +152,27 @@ def test_messages_in_a_csv_file_are_told_by_the_first_that_is_there(tmp_path):
     assert [row["prompt"] for row in found] == [None, chat_row(1)["prompt"]]
 
 
+@pytest.mark.parametrize("cells", [("1", "0.5"), ("", "7.5")])
+@pytest.mark.parametrize("column", ["weights", "subset"])
+def test_a_column_of_a_csv_file_is_known_by_all_its_rows(tmp_path, column, cells):
+    """Whole numbers, or nothing, in the first 10,000 decided, and the file was refused for what came later."""
+    first, last = (f"a,b,c,{cell}\n" for cell in cells)
+    path = tmp_path / "rows.csv"
+    path.write_text(f"prompt,chosen,rejected,{column}\n" + 10_001 * first + last)
+    assert [str(value) for value in load_rows(str(path))[column][-2:]] == [
+        {"weights1": "1.0", "subset1": "1"}.get(column + cells[0], "None"),
+        cells[1],
+    ]
+
+
+def test_an_empty_list_in_a_csv_file_does_not_make_messages_of_texts(tmp_path):
+    rows = [{"prompt": "Nothing?", "chosen": text, "rejected": "None"} for text in ("[]", "b")]
+    assert csv_rows(tmp_path / "texts.csv", rows) == rows
+    messages = [{name: json.dumps(text) for name, text in chat_row(i).items()} for i in range(2)]
+    found = csv_rows(tmp_path / "messages.csv", [messages[0] | {"prompt": "[]"}, messages[1]])
+    assert [row["prompt"] for row in found] == [[], chat_row(1)["prompt"]]
+
+
 def test_a_folder_of_csv_files_is_read_like_one(tmp_path):
     """Messages of a folder were trained on as the text of their JSON, and `None` was no text."""
     for name, rows in {

@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.__main__ import main
 from qlora_dpo.adapters import frozen_adapters, stack_adapter, trained_adapters
-from qlora_dpo.forward import install_scoring
+from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.reference import fingerprint, make_reference
 
 from test_cli import QUIET, train_words
@@ -176,6 +176,20 @@ def test_a_new_adapter_leaves_alone_what_the_one_below_replaced_whole(
         load_policy(
             base_folder, peft_config=LoraConfig(target_modules="all-linear", exclude_modules=["k_proj"]), **exact
         )
+
+
+def test_a_new_adapter_has_no_layer_that_nothing_calls(base_folder, tmp_path):
+    """Beside the copy that an adapter below trained, the original was adapted, which no text goes through."""
+    whole = LoraConfig(**(LORA | {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}))
+    exact = {"quantize": False, "dtype": torch.float32}
+    load_policy(base_folder, peft_config=whole, **exact).save_pretrained(tmp_path / "sft")
+    every = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy = load_policy(base_folder, adapter=str(tmp_path / "sft"), peft_config=every, **exact)
+    install_scoring(policy.get_base_model())
+    score_batch(policy.train(), BATCH)["logps"].sum().backward()
+    trained = {name: weight.grad for name, weight in policy.named_parameters() if weight.requires_grad}
+    assert any("v_proj" in name for name in trained)
+    assert not [name for name, gradient in trained.items() if gradient is None]
 
 
 def test_an_adapter_folder_as_base_beside_an_adapter_is_refused_or_honoured(base_folder, tokenizer, tmp_path):

@@ -701,10 +701,6 @@ def test_dropout_that_attention_reads_from_its_layer_is_off_for_the_reference(tm
     assert torch.equal(one, two)
 
 
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
-
-
 def test_only_the_trainers_own_sets_have_names(tmp_path):
     """Of a single set it was the name of a column."""
     several = {"easy": Dataset.from_list(CHAT_ROWS[:2]), "hard": Dataset.from_list(CHAT_ROWS[2:4])}
@@ -730,3 +726,7 @@ def test_the_base_is_not_written_over(tmp_path):
     with pytest.raises(ValueError, match="`output_dir` must be another folder than that of the base"):
         trainer_of(tmp_path, CHAT_ROWS, model=policy)
     assert "eval_loss" in trainer_of(tmp_path, test=CHAT_ROWS[:2], model=policy).evaluate()
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Llama4TextConfig, PhimoeConfig
 
 from qlora_dpo import load_policy
@@ -108,6 +108,11 @@ def test_routers_that_are_linear_layers_by_their_class_are_not_adapted(config, t
     assert "router" not in adapted
     install_scoring(policy.get_base_model())
     assert gradient(policy, "padded").norm() > 0
+
+
+def test_a_kind_of_adapter_that_cannot_leave_layers_out_takes_all(tokenizer):
+    policy = attach_adapter(build_tiny_llama(tokenizer), VeraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert trained_adapters(policy) == ["default"]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -326,6 +331,17 @@ def test_a_run_on_the_cpu_loads_its_models_there_though_there_is_a_gpu(base_fold
         policies.append(chosen_policy(ModelArguments(model_name_or_path=base_folder), args))
         reference = reference_from(policies[0], None, args)
     assert {policy.device.type for policy in (*policies, reference.model)} == {"cpu"}
+
+
+def test_a_run_on_the_cpu_loads_bf16_though_the_gpu_would_have_fp16(base_folder, make_args, monkeypatch):
+    args = make_args(use_cpu=True, reference=base_folder)
+    monkeypatch.setattr("qlora_dpo.model.best_precision", lambda: "fp16")
+    policies = [policy_from(base_folder, args, None, None)]
+    policies.append(chosen_policy(ModelArguments(model_name_or_path=base_folder), args))
+    for model in (*policies, reference_from(policies[0], None, args).model):
+        assert model.dtype is torch.bfloat16
+        computed = {module.compute_dtype for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)}
+        assert computed == {torch.bfloat16}
 
 
 def test_a_quantisation_that_is_not_wanted_is_refused(base_folder):

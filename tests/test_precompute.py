@@ -49,6 +49,19 @@ def test_all_values_are_there_before_the_first_step_and_evaluation_sets_too(run)
     assert trainer.reference.misses == SIDES + 8
 
 
+def test_precomputing_draws_none_of_the_training_s_random_numbers(run, tokenizer):
+    """With an evaluation set to score as well, dropout fell in another way."""
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.3)
+
+    def trained(eval_rows):
+        torch.manual_seed(0)
+        policy = get_peft_model(build_tiny_llama(tokenizer), lora)
+        run(policy=policy, eval_rows=eval_rows, max_steps=2, learning_rate=1e-2, disable_dropout=False)
+        return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+    assert all(map(torch.equal, trained(None), trained(CHAT_ROWS[8:])))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft import (
 )
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from transformers import AutoModelForCausalLM
 
 from qlora_dpo import QLoRADPOTrainer
 from qlora_dpo.adapters import adapters_active, adapters_disabled, frozen_adapters, trained_adapters, weights_replaced
@@ -25,6 +27,7 @@ from qlora_dpo.forward import install_scoring, noise_off, score_batch
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.model import load_policy
 from qlora_dpo.reference import fingerprint, make_reference, reference_hash
+from qlora_dpo.score import load_scorer
 
 from tiny_chat import CHAT_ROWS, build_tiny_llama
 
@@ -352,6 +355,20 @@ def test_an_adapter_as_reference_has_no_bits_of_its_own(tokenizer, make_args, tm
     args = make_args(reference=str(tmp_path / "sft"), reference_in_4bit=False)
     with pytest.raises(ValueError, match=r"`reference_in_4bit` must be True for the adapter .*sft, which lies on the"):
         trainer_of(tokenizer, args, policy_of(tokenizer))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_reference_model_is_scored_with_in_the_bits_it_was_given_in(base_folder, tokenizer, make_args, cached):
+    """TRL's `ref_model` in 16 bit was recorded as one in 4 bit, and then said to have changed."""
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    args = make_args(max_steps=1, precompute_ref_log_probs=cached)
+    trainer = trainer_of(tokenizer, args, load_policy(base_folder), ref_model=model)
+    trainer.train()
+    trainer.save_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        scorer = load_scorer(args.output_dir)
+    assert not getattr(scorer.reference.model, "is_loaded_in_4bit", False)
 
 
 @pytest.mark.parametrize("in_4bit", [True, False])
