@@ -54,7 +54,7 @@ from qlora_dpo.score import row_errors, score_file
 from qlora_dpo.shapes import BUILT_IN
 from qlora_dpo.terminal import one_line_warnings
 from qlora_dpo.trainer import QLoRADPOTrainer
-from qlora_dpo.typed import help_of
+from qlora_dpo.typed import help_of, refuse_changed
 
 SOURCE = "source_sha256"
 """Key of an evaluation's metrics that tells its data from others of the same name."""
@@ -373,7 +373,7 @@ def merge(words: Sequence[str]) -> None:
         raise ValueError(f"`num_rows` must be 1 or more, got {chosen.num_rows}. Leave out --dataset_name for none.")
     rows = None
     if chosen.dataset_name is None:
-        _refuse_changed(chosen, ("dataset_config", "dataset_test_split", "num_rows", "reference"))
+        refuse_changed(chosen, ("dataset_config", "dataset_test_split", "num_rows", "reference"), "`dataset_name`")
     else:
         rows = load_rows(chosen.dataset_name, chosen.dataset_test_split, chosen.dataset_config)
         rows = rows.select(range(min(chosen.num_rows, len(rows))))
@@ -382,16 +382,6 @@ def merge(words: Sequence[str]) -> None:
     found = merge_adapter(chosen.adapter, chosen.output_dir, sample_rows=rows, **options)
     print(json.dumps(found.to_dict(), indent=2) if chosen.json else found)
     print(f"model written to {chosen.output_dir}", file=sys.stderr)
-
-
-def _refuse_changed(chosen: MergeArguments, names: Sequence[str]) -> None:
-    """Refuse options of rows where there are none."""
-    for name in names:
-        default, value = chosen.__dataclass_fields__[name].default, getattr(chosen, name)
-        if value != default:
-            raise ValueError(
-                f"`{name}` must be {default} without `dataset_name`, whose rows it is about, got {value}. Leave it out."
-            )
 
 
 RUNS: dict[str, Callable[[Sequence[str]], int | None]] = {

@@ -17,7 +17,7 @@ from qlora_dpo.losses import LOSSES, RANGES
 from qlora_dpo.metrics import HIGHER_IS_BETTER
 from qlora_dpo.objective import DIVERGENCES, Objective, check_mergeable, check_reference, make_objective
 from qlora_dpo.preferences import PAIR_STRATEGIES
-from qlora_dpo.typed import check_types, may_be_none, read_plainly, without_numpy
+from qlora_dpo.typed import check_types, may_be_none, read_plainly, refuse_changed, without_numpy
 
 BATCH_LAYOUTS = ("auto", *LAYOUTS)
 
@@ -389,26 +389,17 @@ class QLoRADPOConfig(TrainingArguments):
         if self.sample_generations < 0:
             raise ValueError(f"`sample_generations` must be 0 or more, got {self.sample_generations}. 0 is for none.")
         if not self.sample_generations:
-            self._refuse_changed(("sample_generations_every", "sample_max_new_tokens"), "sample_generations above 0")
-
-    def _refuse_changed(self, names: tuple[str, ...], user: str) -> None:
-        """Refuse options that have no effect, as what uses them is off."""
-        for name in names:
-            default, value = self.__dataclass_fields__[name].default, getattr(self, name)
-            if value != default:
-                raise ValueError(
-                    f"`{name}` must be {default} without {user}, which uses it, got {value}. Leave it out."
-                )
+            refuse_changed(self, ("sample_generations_every", "sample_max_new_tokens"), "sample_generations above 0")
 
     def _check_reference_options(self) -> None:
         """Refuse what cannot go with a reference that moves, and options of a reference that there is not."""
         if self.reference in REFERENCES:
-            self._refuse_changed(("reference_in_4bit",), "the path or id of a model in `reference`")
+            refuse_changed(self, ("reference_in_4bit",), "the path or id of a model in `reference`")
         if not self.precompute_ref_log_probs:
-            self._refuse_changed(("precompute_ref_batch_size", "reference_cache"), "precompute_ref_log_probs=True")
+            refuse_changed(self, ("precompute_ref_batch_size", "reference_cache"), "precompute_ref_log_probs=True")
         if not self.sync_ref_model:
             names = ("ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_max_rank")
-            self._refuse_changed(names, "sync_ref_model=True")
+            refuse_changed(self, names, "sync_ref_model=True")
             return
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(

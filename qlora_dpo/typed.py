@@ -1,4 +1,4 @@
-"""Fields of a dataclass: held to the types they are declared with, and their help texts."""
+"""Fields of a dataclass: held to the types they are declared with or to their defaults, and their help texts."""
 
 import functools
 import numbers
@@ -115,3 +115,20 @@ def check_types(instance: Any, declared_by: type, but: Collection[str]) -> None:
             said = " or ".join(sorted(_WORDS[kind] for kind in kinds - {types.NoneType}))
             said += " or None" if types.NoneType in kinds else ""
             raise TypeError(f"`{name}` must be {said}, got {value!r}. Write it as one.")
+
+
+def refuse_changed(instance: Any, names: Collection[str], user: str) -> None:
+    """Refuse options that have no effect, as what uses them is off.
+
+    Args:
+        instance: Whose fields are looked at.
+        names: Of fields that must be as they are by default.
+        user: What would use them, in words.
+
+    Raises:
+        ValueError: For the first that is not.
+    """
+    for name in names:
+        default, value = instance.__dataclass_fields__[name].default, getattr(instance, name)
+        if value != default:
+            raise ValueError(f"`{name}` must be {default} without {user}, which uses it, got {value}. Leave it out.")
