@@ -33,7 +33,7 @@ from qlora_dpo.adapters import adapter_weights, base_weights, require_token_adap
 from qlora_dpo.model import require_intact_base
 from qlora_dpo.paths import local_adapter
 from qlora_dpo.shards import Checkpoint
-from qlora_dpo.weights import load_adapter_weights
+from qlora_dpo.weights import load_adapter_weights, require_same_rows
 
 _KINDS = (
     *("LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "FOURIERFT", "LN_TUNING", "VERA", "RANDLORA"),
@@ -198,6 +198,7 @@ class Fold:
         """
         for adapter in adapters:
             _require_foldable(adapter)
+            require_same_rows(base.model, adapter, base.value)
         self.base = base
         policy = _policy_skeleton(model, adapters)
         self._adapters = list(policy.peft_config)

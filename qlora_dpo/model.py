@@ -47,7 +47,13 @@ from qlora_dpo.paths import (
     with_revision,
 )
 from qlora_dpo.recompute import checkpoint_activations
-from qlora_dpo.weights import fit_vocabulary, load_adapter_weights, require_same_vocabulary, shapes_checked_later
+from qlora_dpo.weights import (
+    fit_vocabulary,
+    load_adapter_weights,
+    require_same_rows,
+    require_same_vocabulary,
+    shapes_checked_later,
+)
 
 
 def compute_dtype(on_cpu: bool = False) -> torch.dtype:
@@ -289,6 +295,7 @@ def _with_trained(
     below = adapters_below(adapter) if peft_config is None else [*adapters_below(adapter), adapter]
     for source in [*below, adapter]:
         fit_vocabulary(base, source)
+        require_same_rows(base, source)
     if not below:
         with shapes_checked_later(adapter) as options:
             policy = PeftModel.from_pretrained(base, folder, is_trainable=True, **options)
@@ -375,6 +382,7 @@ def add_saved_adapter(policy: PeftModel, source: str, stem: str) -> str:
             "into its base and name that model instead."
         )
     require_same_vocabulary(policy.get_base_model(), source)
+    require_same_rows(policy.get_base_model(), source)
     name = free_name(policy, stem)
     flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     with shapes_checked_later(source) as options:

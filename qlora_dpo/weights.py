@@ -2,11 +2,12 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import HFValidationError
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def fit_vocabulary(base: PreTrainedModel, source: str) -> dict[str, Tensor]:
     Raises:
         ValueError: If the adapter's file is cut off, or holds only one of the two.
     """
-    modules, found = _resized_rows(base, source)
+    modules, found = _own_rows(base, source, _resized)
     if not found:
         return found
     tokens, now = len(next(iter(found.values()))), base.get_input_embeddings().weight.shape[0]
@@ -75,7 +76,7 @@ def require_same_vocabulary(base: PreTrainedModel, source: str) -> None:
     Raises:
         ValueError: If it is one.
     """
-    _, found = _resized_rows(base, source)
+    _, found = _own_rows(base, source, _resized)
     if found:
         tokens, now = len(next(iter(found.values()))), base.get_input_embeddings().weight.shape[0]
         raise ValueError(
@@ -84,18 +85,62 @@ def require_same_vocabulary(base: PreTrainedModel, source: str) -> None:
         )
 
 
-def _resized_rows(base: PreTrainedModel, source: str) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-    """Embeddings and head of a base by path, and what an adapter's file holds of them in another number of rows."""
+def require_same_rows(base: PreTrainedModel, source: str, value: Callable[[str], Tensor] | None = None) -> None:
+    """Refuse a saved adapter whose file holds other embeddings, or another head, than its base: trained outside of it.
+
+    PEFT would put them into the base, where adapters saved later and merges leave them out. A copy in another dtype is
+    the same.
+
+    Args:
+        base: Perhaps without its weights.
+        source: Folder or Hub id of the adapter.
+        value: A weight of the base by its name; by default what is in `base`.
+
+    Raises:
+        ValueError: If it does.
+    """
+    modules, found = _own_rows(base, source, lambda saved, now: list(saved) == list(now))
+    for name, saved in found.items():
+        path, _, leaf = name.rpartition(".")
+        own = value(name) if value else getattr(_unwrapped(modules[path]), leaf)
+        saved = saved.to(own.device)
+        if not (torch.equal(saved.to(own.dtype), own) or torch.equal(saved, own.to(saved.dtype))):
+            raise ValueError(
+                f"The adapter {source} must be of its base as it is, got another {name} in its file, trained outside "
+                "the adapter. Put it into the base, save that with save_pretrained, and name the folder as the base."
+            )
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """A module of the base under what PEFT puts around it."""
+    return getattr(module, "original_module", getattr(module, "base_layer", module))
+
+
+def _own_rows(
+    base: PreTrainedModel, source: str, wanted: Callable[[Sequence[int], Sequence[int]], bool]
+) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """Embeddings and head of a base by path, and what an adapter's file holds of them that it does not train.
+
+    Args:
+        base: Whose they are.
+        source: Folder or Hub id of the adapter.
+        wanted: Whether to read a weight, by its shape there and in the base.
+    """
     both = _vocabulary(base)
     modules = {name: module for name, module in base.named_modules() if module in both}
+    config = PeftConfig.from_pretrained(local_adapter(source))
+    whole = tuple(getattr(config, "modules_to_save", None) or ())
+    if whole and getattr(config, "ensure_weight_tying", False):
+        whole = tuple(modules)  # each is trained with the other
     found: dict[str, Tensor] = {}
     path = Path(local_adapter(source), SAFETENSORS_WEIGHTS_NAME)
     with _whole_file(source), safe_open(path, framework="pt") as file:
         known = set(file.keys())
         for name, module in modules.items():
-            keys = (f"base_model.model.{name}.{leaf}" for leaf in _BASE_ROWS)
+            leaves = _BASE_ROWS[:-1] if name.endswith(whole) else _BASE_ROWS
+            keys = (f"base_model.model.{name}.{leaf}" for leaf in leaves)
             key = next((key for key in keys if key in known), None)
-            if key is None or not _resized(file.get_slice(key).get_shape(), module.weight.shape):
+            if key is None or not wanted(file.get_slice(key).get_shape(), module.weight.shape):
                 continue
             stem = key.removesuffix("weight")
             found |= {

@@ -203,3 +203,53 @@ def test_a_head_may_be_adapted_on_top_of_an_adapter_that_holds_the_rows(base_fol
     resized(base_folder, HELD[next(iter(HELD))], tmp_path / "adapter")
     above = lora(target_modules=["lm_head"])
     assert not refused(load_policy(base_folder, adapter=str(tmp_path / "adapter"), peft_config=above))
+
+
+# ---- copies of the base's weights ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained_head(base_folder, tmp_path):
+    """An adapter whose file holds a head that was trained beside it, as PEFT saves it where it is asked to."""
+    _, folder = trained(base_folder, tmp_path / "adapter", lora())
+    path = Path(folder, "adapter_model.safetensors")
+    head = load_base(base_folder, quantize=False, dtype=torch.float32).lm_head.weight
+    copy = {"base_model.model.lm_head.weight": (head + 0.01).detach()}
+    save_file(load_file(path) | copy, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_head_that_was_trained_beside_the_adapter_is_not_left_out_in_silence(trained_head, base_folder, tmp_path):
+    said = "must be of its base as it is, got another lm_head.weight in its file"
+    with pytest.raises(ValueError, match=said):
+        load_policy(trained_head, quantization_config=four_bit(), dtype=torch.float32)
+    with pytest.raises(ValueError, match=said):
+        load_policy(base_folder, adapter=trained_head, peft_config=lora())
+    with pytest.raises(ValueError, match=said):
+        add_saved_adapter(load_policy(base_folder, peft_config=lora()), trained_head, "reference")
+    for into in ("quantized", "original"):
+        with pytest.raises(ValueError, match=said):
+            merged(trained_head, tmp_path / into, into=into)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_copy_of_the_base_in_another_dtype_is_the_same(dtype, base_folder, tmp_path):
+    """PEFT saves the head beside an adapter of it, in the dtype of training."""
+    config = lora(target_modules=["q_proj", "lm_head"])
+    base = attach_adapter(load_base(base_folder, four_bit(), dtype=dtype), config)
+    adapter = saved(moved(base), tmp_path / "adapter")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(Path(adapter, "adapter_model.safetensors"))
+    for other in (torch.bfloat16, torch.float32):
+        load_policy(adapter, quantization_config=four_bit(), dtype=other)
+    merged(adapter, tmp_path / "merged", into="original")
+
+
+def test_a_reference_with_a_head_of_its_own_is_held_to_the_base_below_the_policys(base_folder, tmp_path):
+    """Of a policy whose head is another module by now, and whose file holds the base's too."""
+    _, folder = trained(base_folder, tmp_path / "adapter", lora(modules_to_save=["lm_head"]))
+    path = Path(folder, "adapter_model.safetensors")
+    head = load_base(base_folder, quantize=False, dtype=torch.float32).lm_head.weight.detach()
+    copy = {"base_model.model.lm_head.original_module.weight": head}
+    save_file(load_file(path) | copy, path, metadata={"format": "pt"})
+    policy = moved(load_policy(base_folder, peft_config=lora(modules_to_save=["lm_head"])))
+    assert add_saved_adapter(policy, folder, "reference") == "reference"
