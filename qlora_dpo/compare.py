@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qlora_dpo.data import TokenLimits, prepare_dataset
-from qlora_dpo.forward import install_scoring, score_batch, to_device
+from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import Group, group_of, make_batch
 from qlora_dpo.metrics import outcomes
 from qlora_dpo.record import AdapterRecord, read_record
@@ -84,7 +85,7 @@ class Sample:
 
     def batches(self, device: torch.device) -> Iterator[dict[str, Any]]:
         """A padded batch for each row: the slow truth, which needs no proof."""
-        return (to_device(make_batch([group], "padded", self.pad_token_id), device) for group in self.groups)
+        return (send_to_device(make_batch([group], "padded", self.pad_token_id), device) for group in self.groups)
 
     def scores(self, model: Any, device: torch.device) -> SampleScores:
         """The scores of a model that was prepared by `install_scoring`."""

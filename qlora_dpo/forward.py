@@ -15,12 +15,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_dpo.attention import BACKEND, attention_backend, recompute_with_same_attention
+from qlora_dpo.lean import use_lean_layers
 from qlora_dpo.logits import LogitRule
 from qlora_dpo.logps import sum_by_completion, token_divergences, token_scores
+from qlora_dpo.lora import keep_trained_biases, use_fast_lora
 from qlora_dpo.segments import RowPlan
 
 ROUTER_LOSS = "router_aux_loss"
@@ -30,6 +33,14 @@ ROWS, KL = "rows", "kl"
 """Hidden states at the scored positions, asked for as a statistic; and the divergence from those of another pass."""
 
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids")
+
+
+def prepare_policy(policy: PeftModel) -> None:
+    """Let a policy be scored, its layers computing as they do in training. Idempotent."""
+    keep_trained_biases(policy)
+    use_fast_lora(policy)
+    use_lean_layers(policy)
+    install_scoring(policy.get_base_model())
 
 
 def install_scoring(model: PreTrainedModel) -> None:
@@ -176,9 +187,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in list(module.__dict__.items()):
             if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
-
-
-def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
-    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    return moved | {"parts": [to_device(part, device) for part in batch["parts"]]} if "parts" in batch else moved

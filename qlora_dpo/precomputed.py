@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from qlora_dpo.cache import LogpsCache, default_cache_path
-from qlora_dpo.forward import to_device
 from qlora_dpo.logps import sum_by_completion
 from qlora_dpo.reference import ModelReference, NoReference, Reference, fingerprint
 
@@ -129,4 +129,4 @@ def precompute(
     for batch in tqdm(itertools.chain(*loaders), total=total, desc="Reference log-probs", disable=silent):
         for piece in batch["pieces"]:
             if "ref_logps" not in piece:
-                reference(model, to_device(piece, device))
+                reference(model, send_to_device(piece, device))

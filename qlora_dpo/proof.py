@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from qlora_dpo.errors import FixableError, is_out_of_memory
-from qlora_dpo.forward import noise_off, score_batch, to_device
+from qlora_dpo.forward import noise_off, score_batch
 from qlora_dpo.four_bit_head import called_by_pieces
 from qlora_dpo.layouts import Group, group_of, make_batch, positions
 from qlora_dpo.logits import widen
@@ -98,7 +99,7 @@ def _row_by_row(model: nn.Module, groups: Sequence[Group], device: torch.device)
     alone, spread = [], []
     for group in groups:
         for ids in group.completion_ids:
-            batch = to_device(make_batch([replace(group, completion_ids=[ids], pairs=[])], "padded"), device)
+            batch = send_to_device(make_batch([replace(group, completion_ids=[ids], pairs=[])], "padded"), device)
             scored = score_batch(model, batch)
             alone.append(scored["logps"][0])
             spread.append(scored["token_logps"].square().sum().sqrt())
@@ -119,8 +120,8 @@ def _yardstick(model: nn.Module, groups: Sequence[Group], device: torch.device) 
         first = groups[0]
         two = replace(first, completion_ids=first.completion_ids[:2], pairs=[])
         swapped = replace(two, completion_ids=two.completion_ids[::-1])
-        together = score_batch(model, to_device(make_batch([two], "padded"), device))["logps"]
-        reordered = score_batch(model, to_device(make_batch([swapped], "padded"), device))["logps"].flip(0)
+        together = score_batch(model, send_to_device(make_batch([two], "padded"), device))["logps"]
+        reordered = score_batch(model, send_to_device(make_batch([swapped], "padded"), device))["logps"].flip(0)
     noise = max((together - reordered).abs().max().item(), (together - alone[:2]).abs().max().item())
     dtype = _arithmetic(model, device)
     roundings = 1 if dtype in (torch.bfloat16, torch.float16) else 4
@@ -151,7 +152,7 @@ def prove_layout(model: nn.Module, groups: Sequence[Group], layout: str, device:
     alone, tolerance = _yardstick(model, groups, device)
     try:
         with torch.no_grad(), noise_off(model):
-            tried = score_batch(model, to_device(make_batch(groups, layout), device))["logps"]
+            tried = score_batch(model, send_to_device(make_batch(groups, layout), device))["logps"]
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):  # says nothing about the layout
             raise
@@ -262,7 +263,7 @@ def start_margin(
         chunk_size: Positions in a tile of logits, as the reference has it: other tiles round otherwise.
         max_tokens: Most positions of one forward; None for no limit.
     """
-    batch = to_device(make_batch(groups, layout, max_tokens=max_tokens), device)
+    batch = send_to_device(make_batch(groups, layout, max_tokens=max_tokens), device)
     ref_logps = compared(model, batch)["logps"]
     with torch.no_grad(), noise_off(model):
         logratios = score_batch(model, batch, chunk_size=chunk_size)["logps"] - ref_logps

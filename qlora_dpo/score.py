@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from jinja2 import TemplateError
 from peft import PeftModel
 from tqdm.auto import tqdm
@@ -23,10 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dpo.data import EMPTY_PROMPT, NO_COMMON_START, sequences
 from qlora_dpo.errors import memory_said
 from qlora_dpo.files import json_row
-from qlora_dpo.forward import install_scoring, score_batch, to_device
+from qlora_dpo.forward import prepare_policy, score_batch
 from qlora_dpo.layouts import Group, make_batch
-from qlora_dpo.lean import use_lean_layers
-from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.model import load_tokenizer
 from qlora_dpo.preferences import PAIR_VALUES, Preference, parse_row
 from qlora_dpo.proof import extreme_groups, prove_models
@@ -55,7 +54,7 @@ class Scorer:
     """A policy and what it is compared with.
 
     Attributes:
-        policy: Base with the adapter, prepared by `install_scoring`.
+        policy: Base with the adapter, prepared by `prepare_policy`.
         tokenizer: The tokenizer of the model.
         reference: What rewards are relative to.
         beta: Factor of the rewards.
@@ -110,9 +109,7 @@ def load_scorer(adapter: str, reference: str | None = None, base: str | None = N
         require_base(record, adapter, **{name: model_kwargs[name] for name in _HUB if name in model_kwargs})
     policy = policy_of(record, adapter, base, **model_kwargs)
     policy.eval()
-    install_scoring(policy.get_base_model())
-    use_fast_lora(policy)
-    use_lean_layers(policy)
+    prepare_policy(policy)
     others = {name: value for name, value in model_kwargs.items() if name != "revision"}  # which is the base's
     in_4bit = record.reference_in_4bit if reference is None else record.quantization is not None
     made = make_reference(asked, policy, in_4bit=in_4bit, model_kwargs=others)
@@ -221,7 +218,7 @@ def _logps(scorer: Scorer, groups: list[Group]) -> list[list[tuple[float, float]
     with torch.no_grad(), scorer.autocast(), smaller:
         if scorer.layout is None:
             scorer.layout = _proven_layout(scorer, groups)
-        batch = to_device(make_batch(groups, scorer.layout, scorer.tokenizer.pad_token_id), scorer.device)
+        batch = send_to_device(make_batch(groups, scorer.layout, scorer.tokenizer.pad_token_id), scorer.device)
         ref_logps = scorer.reference(scorer.policy, batch)["logps"].tolist()
         logps = score_batch(scorer.policy, batch)["logps"].tolist()
     both = zip(logps, ref_logps, strict=True)

@@ -48,11 +48,9 @@ from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import GROUP_COLUMNS, VALUE_COLUMNS, as_named
 from qlora_dpo.errors import FixableError, memory_said
 from qlora_dpo.evaluation import GatheredPairs, PairRecords
-from qlora_dpo.forward import disable_dropout, install_scoring
+from qlora_dpo.forward import disable_dropout, prepare_policy
 from qlora_dpo.generations import SampleGenerations
 from qlora_dpo.layouts import Group, GroupCollator
-from qlora_dpo.lean import use_lean_layers
-from qlora_dpo.lora import keep_trained_biases, use_fast_lora
 from qlora_dpo.memory import weight_bytes
 from qlora_dpo.metrics import preference_metrics
 from qlora_dpo.migration import check_callbacks, check_overrides
@@ -478,10 +476,7 @@ def _set_up(policy: PeftModel, args: QLoRADPOConfig) -> None:
     if args.use_liger_kernel:  # Trainer does it when a training begins, and an evaluation may come before
         use_liger(policy, args)
     keep_one_arithmetic(policy)
-    keep_trained_biases(policy)
-    use_fast_lora(policy)
-    use_lean_layers(policy)
-    install_scoring(policy.get_base_model())
+    prepare_policy(policy)
     if args.disable_dropout:
         disable_dropout(policy)
     if not args.recomputes:

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import BitsAndBytesConfig
 
 from qlora_dpo import load_policy
-from qlora_dpo.forward import install_scoring, to_device
+from qlora_dpo.forward import prepare_policy
 from qlora_dpo.layouts import Group, make_batch
-from qlora_dpo.lean import use_lean_layers
-from qlora_dpo.lora import use_fast_lora
 from qlora_dpo.objective import make_objective
 from qlora_dpo.reference import BaseReference
 from qlora_dpo.step import Step
@@ -45,7 +44,7 @@ def group(prompt: int, completions: int, length: int, vocabulary: int, seed: int
 
 def seconds(step: Step, model: Any, groups: Sequence[Group], device: torch.device) -> tuple[float, int]:
     """Time of a forward and backward, and the tokens placed."""
-    batch = to_device(make_batch(groups, "tree"), device)
+    batch = send_to_device(make_batch(groups, "tree"), device)
     model.zero_grad()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -87,9 +86,7 @@ def main() -> None:
         bnb_4bit_compute_dtype=dtype,
     )
     policy = load_policy(args.model, quantization_config=quantization, dtype=dtype)
-    install_scoring(policy.get_base_model())
-    use_fast_lora(policy)
-    use_lean_layers(policy)
+    prepare_policy(policy)
     policy.train()
     device = policy.device
     vocabulary = policy.config.get_text_config().vocab_size

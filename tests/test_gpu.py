@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import LoraConfig
 from transformers.integrations.liger import apply_liger_kernel
 
 from qlora_dpo import QLoRADPOTrainer, kernels, load_policy, score_completions
-from qlora_dpo.forward import install_scoring, score_batch, to_device
+from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.kernels import FLASH_ATTN, FLEX, FLEX_SMALL, VARLEN, Case, Recipe, by_segment, choose
 from qlora_dpo.layouts import LAYOUTS, Group, Segment, make_batch
 from qlora_dpo.lean import use_lean_layers
@@ -41,7 +42,7 @@ def random_policy(base_folder, **options):
 def gradient(policy):
     policy.zero_grad()
     policy.train()
-    score_batch(policy, to_device(make_batch(GROUPS, "tree"), "cuda"))["logps"].sum().backward()
+    score_batch(policy, send_to_device(make_batch(GROUPS, "tree"), "cuda"))["logps"].sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
@@ -53,7 +54,7 @@ def test_layouts_prove_themselves_on_the_gpu(base_folder, layout):
 def test_layouts_agree_on_a_four_bit_base_on_the_gpu(base_folder):
     policy = random_policy(base_folder)
     with torch.no_grad():
-        logps = [score_batch(policy, to_device(make_batch(GROUPS, layout), "cuda"))["logps"] for layout in LAYOUTS]
+        logps = [score_batch(policy, send_to_device(make_batch(GROUPS, layout), "cuda"))["logps"] for layout in LAYOUTS]
     assert (logps[0] - logps[2]).abs().max() < 0.1
     assert (logps[1] - logps[2]).abs().max() < 0.1
 
@@ -195,7 +196,7 @@ def test_a_model_has_the_gradient_it_has_with_the_loop(monkeypatch, name, dtype,
     install_scoring(policy.get_base_model())
     if checkpointed:
         checkpoint_activations(policy)
-    batch = to_device(make_batch(random_groups(5), "tree"), "cuda")
+    batch = send_to_device(make_batch(random_groups(5), "tree"), "cuda")
 
     def scored(implementation_for):
         used = set()
@@ -227,7 +228,7 @@ def peak_and_gradient(policy, context=contextlib.nullcontext):
     policy.train()
     before = torch.cuda.memory_allocated()
     with context():
-        total = score_batch(policy, to_device(make_batch(LONG, "tree"), "cuda"))["logps"].sum()
+        total = score_batch(policy, send_to_device(make_batch(LONG, "tree"), "cuda"))["logps"].sum()
     held = torch.cuda.memory_allocated() - before
     total.backward()
     return held, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
@@ -303,7 +304,7 @@ def test_ligers_layers_give_the_same_step_on_the_gpu(base_folder):
     """Log-probs to 0.1 nats, as between layouts, and the gradient to 5 %."""
     pytest.importorskip("liger_kernel")
     policy = random_policy(base_folder)
-    batch = to_device(make_batch(GROUPS, "tree"), "cuda")
+    batch = send_to_device(make_batch(GROUPS, "tree"), "cuda")
     with torch.no_grad():
         plain = score_batch(policy, batch)["logps"]
     grad = gradient(policy)
@@ -324,7 +325,7 @@ def test_a_training_with_ligers_layers_starts_at_its_reference_on_the_gpu(base_f
 
 def test_lean_layers_compute_what_the_models_own_do_on_the_gpu(base_folder):
     policy = random_policy(base_folder)
-    batch = to_device(make_batch(GROUPS, "tree"), "cuda")
+    batch = send_to_device(make_batch(GROUPS, "tree"), "cuda")
     with torch.no_grad():
         own = score_batch(policy, batch)["logps"]
     grad = gradient(policy)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from test_merge import moved
 
-from qlora_dpo import score
+from qlora_dpo import QLoRADPOConfig, QLoRADPOTrainer, load_policy, score
 from qlora_dpo.__main__ import main
 from qlora_dpo.errors import OutOfMemoryError
 from qlora_dpo.files import load_rows
@@ -16,7 +18,7 @@ from qlora_dpo.score import load_scorer, row_errors, score_completions, score_fi
 
 from reference_impl import completion_logps
 from test_cli import train_words
-from tiny_chat import CHAT_ROWS, ranked_row
+from tiny_chat import CHAT_ROWS, build_tiny_llama, ranked_row
 
 RANKED = [
     {k: v for k, v in ranked_row(seed, count).items() if k != "scores"} for seed, count in enumerate([3, 5, 1, 4])
@@ -98,6 +100,21 @@ def test_margins_are_those_of_evaluate(scorer, adapter, rows_path, tmp_path):
     found = scored(scorer, load_rows(rows_path))
     assert [line["margin"] for line in found] == pytest.approx([expected[i] for i in range(12)], abs=1e-4)
     assert all(line["margin"] == line["rewards"][0] - line["rewards"][1] for line in found)
+
+
+def test_trained_biases_are_scored_as_evaluate_scores_them(tokenizer, chat_rows, tmp_path):
+    """In fp32 over 4-bit layers in bf16, which round a bias to it, in place, if they are let."""
+    build_tiny_llama(tokenizer, attention_bias=True, mlp_bias=True).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules="all-linear", bias="all", task_type="CAUSAL_LM")
+    policy = moved(load_policy(str(tmp_path / "base"), peft_config=config))
+    args = QLoRADPOConfig(output_dir=str(tmp_path / "out"), report_to=[], reference="none", loss_type="simpo", beta=1.0)
+    trainer = QLoRADPOTrainer(policy, args=args, eval_dataset=chat_rows, processing_class=tokenizer)
+    trainer.evaluate()
+    trainer.save_model()
+    found = [row["logps"] for row in scored(load_scorer(args.output_dir), chat_rows)]
+    for side, place in (("chosen", 0), ("rejected", 1)):
+        assert [logps[place] for logps in found] == pytest.approx(trainer.last_pairs.column(f"logps_{side}"), abs=1e-3)
 
 
 def test_the_mixed_precision_of_training_is_used(base_folder, rows_path, tmp_path):
