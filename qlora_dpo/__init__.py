@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from qlora_dpo.hub import push_adapter
     from qlora_dpo.judge import evaluate_preferences
     from qlora_dpo.losses import LOSSES, dpo_loss
-    from qlora_dpo.measures import PreferenceReport
     from qlora_dpo.memory import MemoryPlan, plan_memory
     from qlora_dpo.merge import MergeReport, merge_adapter
     from qlora_dpo.model import load_policy
+    from qlora_dpo.preference_report import PreferenceReport
     from qlora_dpo.score import load_scorer, score_completions
     from qlora_dpo.trainer import QLoRADPOTrainer
 
@@ -43,10 +43,10 @@ _HOMES = {
     "hub": ("push_adapter",),
     "judge": ("evaluate_preferences",),
     "losses": ("LOSSES", "dpo_loss"),
-    "measures": ("PreferenceReport",),
     "memory": ("MemoryPlan", "plan_memory"),
     "merge": ("MergeReport", "merge_adapter"),
     "model": ("load_policy",),
+    "preference_report": ("PreferenceReport",),
     "score": ("load_scorer", "score_completions"),
     "trainer": ("QLoRADPOTrainer",),
 }

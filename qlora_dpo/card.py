@@ -17,8 +17,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora_dpo.cardtext import as_markdown, data_in_words, introduction, is_id, loading, shown, table, trained
-from qlora_dpo.measures import Estimate, PreferenceReport
+from qlora_dpo.measures import Estimate
 from qlora_dpo.paths import EVALUATIONS, JUDGED, REPORT_NAME, saved_adapter
+from qlora_dpo.preference_report import PreferenceReport
 from qlora_dpo.record import AdapterRecord, read_record, weights_hash
 from qlora_dpo.report import PICTURES, curve_charts, picture_name, write_pictures
 
@@ -224,7 +225,7 @@ def _evaluation(judged: Sequence[Judged]) -> str:
             f"{one.name} {one.origin.get('split', '')}".strip(),
             f"{one.found['pairs']:,}",
             f"{accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}], {accuracy.method}",
-            f"{report.reference_accuracy.value:.3f}" if report else "",
+            f"{report.reference_accuracy.value:.3f}" if report and report.reference_accuracy else "",
             f"{one.found['margin']:.4g}",
             f"{100 * one.found['ties']:.1f} %",
             f"{report.calibration.ece:.3f}" if report else "",

@@ -13,7 +13,7 @@ from qlora_dpo.metrics import COLUMNS, summarize
 
 
 class PairRecords:
-    """Rows of the pair table by data-set row, pair number, and the tokens of the pair.
+    """Rows of the pair table by data-set row, pair number, the tokens of the pair, and those of its prompt.
 
     A pair that was scored twice, because the last batch of a process was filled up, counts once. Rows of a stream may
     share a number (each shard and each worker of a loader counts its own): their tokens tell them apart.
@@ -21,14 +21,14 @@ class PairRecords:
 
     def __init__(self) -> None:
         self._tables: list[Tensor] = []
-        self._keys: list[tuple[int, int, str]] = []
+        self._keys: list[tuple[int, int, str, str]] = []
 
     def add(self, table: Tensor, batch: dict[str, Any]) -> None:
         """Keep the `(T, len(COLUMNS))` table of a batch's pairs, perhaps with `len(SIDE_COLUMNS)` columns more."""
         self._tables.append(table)
         sides = zip(batch["yw_idxs"].tolist(), batch["yl_idxs"].tolist(), strict=True)
         tokens = [batch["keys"][w] + batch["keys"][l] for w, l in sides]
-        self._keys += zip(batch["rows"], batch["pair_ids"], tokens, strict=True)
+        self._keys += zip(batch["rows"], batch["pair_ids"], tokens, batch["prompts"], strict=True)
 
     def gathered(self) -> "GatheredPairs":
         """The records of all processes, each pair once, in data-set order."""
@@ -44,7 +44,7 @@ class PairRecords:
 class GatheredPairs:
     """Every pair of a data set once."""
 
-    def __init__(self, values: dict[tuple[int, int, str], Any]) -> None:
+    def __init__(self, values: dict[tuple[int, int, str, str], Any]) -> None:
         self._keys = list(values)
         self._table = np.stack(list(values.values())) if values else np.empty((0, len(COLUMNS)))
 
@@ -62,11 +62,15 @@ class GatheredPairs:
 
     def pair_ids(self) -> np.ndarray:
         """`(T,)` number of each pair within its row."""
-        return np.array([number for _, number, _ in self._keys])
+        return np.array([number for _, number, *_ in self._keys])
 
     def rows(self) -> np.ndarray:
         """`(T,)` data-set row of each pair."""
         return np.array([row for row, *_ in self._keys])
+
+    def prompts(self) -> np.ndarray:
+        """`(T,)` names of the prompts: what pairs, also of several rows, share, so that they are not independent."""
+        return np.array([prompt for *_, prompt in self._keys])
 
     def evaluation(self) -> dict[str, Any]:
         """Pairs, groups, ties, accuracy with its interval and mean margin; empty without pairs or with a NaN."""
@@ -74,7 +78,7 @@ class GatheredPairs:
         if not len(margins) or not np.isfinite(margins).all():
             return {}
         found = {"pairs": len(margins), "groups": len(self), "ties": float((margins == 0).mean())}
-        accuracy = accuracy_estimate(margins, self.rows())
+        accuracy = accuracy_estimate(margins, self.prompts())
         return found | {"accuracy": asdict(accuracy), "margin": math.fsum(margins.tolist()) / len(margins)}
 
     def metrics(self) -> dict[str, float]:

@@ -20,8 +20,9 @@ from qlora_dpo.config import QLoRADPOConfig
 from qlora_dpo.data import columns_of, value_columns
 from qlora_dpo.errors import FixableError
 from qlora_dpo.evaluation import GatheredPairs
-from qlora_dpo.measures import Pairs, PreferenceReport, preference_report
+from qlora_dpo.measures import Pairs
 from qlora_dpo.paths import PAIRS_NAME, RECORD_NAME, REPORT_NAME, local_adapter
+from qlora_dpo.preference_report import PreferenceReport, preference_report
 from qlora_dpo.record import read_record, recorded_options, require_known
 from qlora_dpo.resuming import warn_of_base
 from qlora_dpo.trainer import QLoRADPOTrainer
@@ -99,7 +100,8 @@ def judged(trainer: QLoRADPOTrainer, name: str, output_dir: str | None = None) -
             "Rewards must be finite to be judged, got some that are not: the policy has diverged, or what it is "
             "trained from holds such numbers. Lower `learning_rate`; `qlora-dpo report` draws where the log went wrong."
         )
-    report = preference_report(pairs_of(trainer.last_pairs, groups, trainer.beta), name)
+    referenced = trainer.given or trainer.reference.kind != "none"
+    report = preference_report(pairs_of(trainer.last_pairs, groups, trainer.beta, referenced), name)
     if output_dir is not None and trainer.args.process_index == 0:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         Path(output_dir, REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
@@ -109,20 +111,18 @@ def judged(trainer: QLoRADPOTrainer, name: str, output_dir: str | None = None) -
     return report
 
 
-def pairs_of(records: GatheredPairs, groups: dict[int, dict[str, Any]], beta: float) -> Pairs:
+def pairs_of(records: GatheredPairs, groups: dict[int, dict[str, Any]], beta: float, referenced: bool = True) -> Pairs:
     """The pairs of an evaluation, with what the data set says of them.
 
     Args:
         records: Every pair once.
         groups: Tokenised groups by data-set row.
         beta: Factor of the rewards.
+        referenced: Whether they are relative to a reference.
     """
-    rows, numbers = records.rows().tolist(), records.pair_ids().tolist()
+    rows = records.rows().tolist()
     kl = [records.column(f"kl_{side}") for side in ("chosen", "rejected")]
     known = not np.isnan(kl[0]).any()
-    labels = None
-    if "label_probs" in groups[rows[0]]:
-        labels = np.array([groups[row]["label_probs"][number] for row, number in zip(rows, numbers, strict=True)])
     columns = {
         f"{name}_{side}": records.column(f"{name}_{side}")
         for name in ("reward", "logps", "tokens")
@@ -130,11 +130,13 @@ def pairs_of(records: GatheredPairs, groups: dict[int, dict[str, Any]], beta: fl
     }
     return Pairs(
         row=np.array(rows),
+        prompt=records.prompts(),
         **columns,
         beta=beta,
+        referenced=referenced,
         kl_chosen=kl[0] if known else None,
         kl_rejected=kl[1] if known else None,
-        label_probs=labels,
+        label_probs=records.column("label_prob"),
         subset=np.array([groups[row]["subset"] or "" for row in rows]) if "subset" in groups[rows[0]] else None,
         turns=np.array([groups[row]["turns"] for row in rows]) if "turns" in groups[rows[0]] else None,
     )

@@ -180,6 +180,7 @@ def make_batch(
         `group` `(B,)`: group of each completion;
         `yw_idxs`, `yl_idxs` `(T,)`: the pairs, as indices into the B completions;
         `rows`, `pair_ids`: T host integers each, data-set row and number within the row of each pair;
+        `prompts`: T host strings that tell the prompt of each pair from any other;
         `weights`, `label_probs`, `offsets`: T host numbers, `ref_logps` B of them, where the groups have them;
         `keys`: B host strings that tell prompt + completion from any other;
         `num_tokens`: both sides of every pair with their prompt, a host integer, as TRL counts;
@@ -268,9 +269,10 @@ def _merged(singles: Sequence[Group]) -> list[Group]:
 
 def _pairs(groups: Sequence[Group]) -> dict[str, Any]:
     """The pairs of the groups as indices into the completions of the batch, and the numbers given for them."""
-    chosen, rejected, row_ids, pair_ids = [], [], [], []
+    chosen, rejected, row_ids, pair_ids, prompts = [], [], [], [], []
     first = num_tokens = 0
     for group in groups:
+        prompts += [completion_key(group.prompt_ids, ())] * len(group.pairs)
         for number, (w, l) in enumerate(group.pairs):
             num_tokens += 2 * len(group.prompt_ids) + len(group.completion_ids[w]) + len(group.completion_ids[l])
             chosen.append(first + w)
@@ -291,6 +293,7 @@ def _pairs(groups: Sequence[Group]) -> dict[str, Any]:
         "yl_idxs": torch.tensor(rejected, dtype=torch.long),
         "rows": row_ids,
         "pair_ids": pair_ids,
+        "prompts": prompts,
         "num_tokens": num_tokens,
     }
 

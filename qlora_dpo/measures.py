@@ -1,19 +1,22 @@
 """What can be said of a set of preference pairs, and how surely.
 
-Shapes: T pairs. Pairs of one row share a prompt and perhaps completions, so rows, not pairs, are independent. Units:
+Shapes: T pairs. Pairs of one prompt may share completions, so prompts, not pairs, are independent. Units:
 nats for log-probabilities, beta times nats for rewards, tokens for lengths. Sums are correctly rounded (`math.fsum`),
 so no number depends on the order of the pairs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from statistics import NormalDist
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import numpy as np
 
 from qlora_dpo.metrics import outcomes
+
+NAMES = ("prompt", "subset")
+"""Columns of `Pairs` that hold text."""
 
 WHOLE = ("row", "tokens_chosen", "tokens_rejected", "turns")
 """Columns of `Pairs` that hold whole numbers."""
@@ -21,7 +24,7 @@ WHOLE = ("row", "tokens_chosen", "tokens_rejected", "turns")
 RANGES = {"tokens_chosen": (1, np.inf), "tokens_rejected": (1, np.inf), "label_probs": (0, 1)}
 """Smallest and largest value of the columns of `Pairs` that have one."""
 
-FEW_ROWS = 20  # below, a bootstrap's interval holds the truth too rarely: 81 % of the time at five
+FEW_PROMPTS = 20  # below, a bootstrap's interval holds the truth too rarely: 81 % of the time at five
 LENGTH_CLASSES = ("chosen shorter", "similar", "chosen longer")
 """Pairs by the lengths of their completions, similar ones differing by at most a tenth of the longer one."""
 
@@ -35,6 +38,7 @@ class Pairs:
     """
 
     row: np.ndarray  # whole numbers; pairs of one row share a prompt and perhaps completions
+    prompt: np.ndarray | None = None  # name of the prompt, which several rows may have; None if each has its own
     reward_chosen: np.ndarray  # beta (log pi - log pi_ref)
     reward_rejected: np.ndarray
     logps_chosen: np.ndarray  # log pi, summed over the completion's tokens, in nats
@@ -47,6 +51,7 @@ class Pairs:
     label_probs: np.ndarray | None = None  # probability that the chosen completion is the better one; None if unknown
     subset: np.ndarray | None = None  # name of the part of the data, "" where a row has none; None if unknown
     turns: np.ndarray | None = None  # turns of the conversation; None if unknown
+    referenced: bool = True  # False where the rewards are beta log pi
 
     def __post_init__(self) -> None:
         if not (self.beta > 0 and math.isfinite(self.beta)):
@@ -54,11 +59,18 @@ class Pairs:
         if (self.kl_chosen is None) != (self.kl_rejected is None):
             absent = "kl_chosen" if self.kl_chosen is None else "kl_rejected"
             raise ValueError(f"`{absent}` must be given where the other side's is, got None. Pass both or neither.")
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "beta"}
+        given = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("beta", "referenced")
+        }
         for name, values in given.items():
             if values is not None:
                 object.__setattr__(self, name, _column(name, values))
                 _check_length(name, getattr(self, name), len(self.row))
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """`(T,)` what pairs that are not independent share."""
+        return self.row if self.prompt is None else self.prompt
 
     @property
     def margins(self) -> np.ndarray:
@@ -207,27 +219,27 @@ def accuracy(margins: Any) -> float:
     >>> accuracy([2.0, 0.0, -1.0, 3.0])  # two wins and a tie of four
     0.625
     """
-    return _mean(outcomes(_column("margins", margins)))
+    return mean(outcomes(_column("margins", margins)))
 
 
-def accuracy_estimate(margins: Any, rows: Any) -> Estimate:
-    """Accuracy of `(T,)` margins with its 95 % interval: Wilson's where each of `rows` has one pair, else by bootstrap.
+def accuracy_estimate(margins: Any, prompts: Any) -> Estimate:
+    """Accuracy of `(T,)` margins with its 95 % interval: Wilson's where each of `prompts` has one pair, else bootstrap.
 
-    The bootstrap draws rows. Of fewer than `FEW_ROWS`, or if all have the same accuracy, it sees too little of how they
-    differ; the interval is then Wilson's with a row counted as one trial, which is too wide if anything.
+    The bootstrap draws prompts. Of fewer than `FEW_PROMPTS`, or if all have the same accuracy, it sees too little of
+    how they differ; the interval is then Wilson's with a prompt counted as one trial, which is too wide if anything.
 
     >>> print(accuracy_estimate([1.0, -1.0, 2.0, 0.0], [0, 1, 2, 3]))  # 2.5 of 4
     0.625 [0.22, 0.91]
     """
     found = outcomes(_column("margins", margins))
-    value, count = _mean(found), len(found)
-    sums, counts = _cluster_sums(found, rows)
+    value, count = mean(found), len(found)
+    sums, counts = _cluster_sums(found, prompts)
     if counts.max() == 1:
         return Estimate(value, *wilson_interval(float(found.sum()), count), count, "wilson")
     shares = sums / counts
-    if len(sums) < FEW_ROWS or shares.min() == shares.max():
-        return Estimate(value, *wilson_interval(value * len(sums), len(sums)), count, "wilson over rows")
-    return Estimate(value, *bootstrap_interval(found, rows), count, "bootstrap over rows")
+    if len(sums) < FEW_PROMPTS or shares.min() == shares.max():
+        return Estimate(value, *wilson_interval(value * len(sums), len(sums)), count, "wilson over prompts")
+    return Estimate(value, *bootstrap_interval(found, prompts), count, "bootstrap over prompts")
 
 
 def calibration(margins: Any, label_probs: Any = None, bins: int = 10) -> Calibration:
@@ -263,9 +275,9 @@ def calibration(margins: Any, label_probs: Any = None, bins: int = 10) -> Calibr
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     places = np.minimum((confidence - 0.5) * 2 * bins, bins - 1).astype(int)
     members = [places == place for place in np.unique(places)]
-    curve = [(_mean(confidence[of]), _mean(outcome[of]), int(of.sum())) for of in members]
+    curve = [(mean(confidence[of]), mean(outcome[of]), int(of.sum())) for of in members]
     ece = math.fsum(pairs * abs(sure - right) for sure, right, pairs in curve) / len(margins)
-    return Calibration(curve, ece, _mean((confidence - outcome) ** 2))
+    return Calibration(curve, ece, mean((confidence - outcome) ** 2))
 
 
 def auc(chosen: Any, rejected: Any) -> float:
@@ -291,9 +303,9 @@ def distribution(values: Any) -> Distribution:
     (3.0, 2.5)
     """
     values = _column("values", values)
-    mean = _mean(values)
+    middle = mean(values)
     q05, q25, median, q75, q95 = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
-    return Distribution(mean, median, math.sqrt(_mean((values - mean) ** 2)), q05, q25, q75, q95)
+    return Distribution(middle, median, math.sqrt(mean((values - middle) ** 2)), q05, q25, q75, q95)
 
 
 def length_classes(pairs: Pairs) -> np.ndarray:
@@ -314,87 +326,14 @@ def by(pairs: Pairs, keys: Any, order: Sequence[Any] | None = None) -> list[Slic
     keys, margins = np.asarray(keys), pairs.margins
     _check_length("keys", keys, len(margins))
     return [
-        Slice(str(key), accuracy_estimate(margins[of], pairs.row[of]), _mean(margins[of]))
+        Slice(str(key), accuracy_estimate(margins[of], pairs.prompts[of]), mean(margins[of]))
         for key in (np.unique(keys) if order is None else order)
         if (of := keys == key).any()
     ]
 
 
-@dataclass(frozen=True)
-class PreferenceReport:
-    """What a policy's rewards say of a set of preference pairs."""
-
-    name: str  # of the data
-    beta: float  # factor of the rewards
-    pairs: int
-    groups: int  # rows with a pair
-    ties: float  # share of pairs with equal rewards
-    accuracy: Estimate  # of the rewards
-    accuracy_per_token: Estimate  # of rewards divided by the tokens of their completion
-    reference_accuracy: Estimate  # of the reference's own log-probabilities
-    margin: Distribution  # of rewards, chosen minus rejected
-    margin_per_token: Distribution  # the same of rewards divided by tokens
-    rewards: Sides  # means
-    drift: Sides  # means of a completion's log pi - log pi_ref, in nats
-    logratio_per_token: Sides  # sum of log pi - log pi_ref over sum of tokens, in nats
-    kl_per_token: Sides | None  # sum of the exact KL over sum of tokens, in nats; None if unknown
-    tokens: Sides  # means
-    auc: float
-    calibration: Calibration
-    by_length: list[Slice]  # by `LENGTH_CLASSES`
-    by_subset: list[Slice]  # empty if unknown
-    by_turns: list[Slice]  # empty if unknown
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, as JSON takes them."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "PreferenceReport":
-        """The report that `to_dict` was called on, also after a trip through JSON."""
-        if wrong := sorted({field.name for field in fields(cls)} ^ set(data)):
-            raise ValueError(f"`data` must have the keys of `to_dict`, got other {wrong}. Make the report anew.")
-        return _rebuilt(cls, data)
-
-    def __str__(self) -> str:
-        return _shown(self)
-
-
-def preference_report(pairs: Pairs, name: str) -> PreferenceReport:
-    """Everything this module can say of `pairs`, under a name to show."""
-    chosen, rejected = pairs.reward_chosen, pairs.reward_rejected
-    per_token = chosen / pairs.tokens_chosen - rejected / pairs.tokens_rejected
-    tokens = Sides(_mean(pairs.tokens_chosen), _mean(pairs.tokens_rejected))
-    rewards = Sides(_mean(chosen), _mean(rejected))
-    drift = Sides(rewards.chosen / pairs.beta, rewards.rejected / pairs.beta)
-    kl = None
-    if pairs.kl_chosen is not None and pairs.kl_rejected is not None:
-        kl = Sides(_mean(pairs.kl_chosen) / tokens.chosen, _mean(pairs.kl_rejected) / tokens.rejected)
-    return PreferenceReport(
-        name=name,
-        beta=float(pairs.beta),
-        pairs=len(chosen),
-        groups=len(np.unique(pairs.row)),
-        ties=_mean(pairs.margins == 0),
-        accuracy=accuracy_estimate(pairs.margins, pairs.row),
-        accuracy_per_token=accuracy_estimate(per_token, pairs.row),
-        reference_accuracy=accuracy_estimate(pairs.ref_margins, pairs.row),
-        margin=distribution(pairs.margins),
-        margin_per_token=distribution(per_token),
-        rewards=rewards,
-        drift=drift,
-        logratio_per_token=Sides(drift.chosen / tokens.chosen, drift.rejected / tokens.rejected),
-        kl_per_token=kl,
-        tokens=tokens,
-        auc=auc(chosen, rejected),
-        calibration=calibration(pairs.margins, pairs.label_probs),
-        by_length=by(pairs, length_classes(pairs), LENGTH_CLASSES),
-        by_subset=[] if pairs.subset is None else by(pairs, pairs.subset, sorted({*pairs.subset.tolist()} - {""})),
-        by_turns=[] if pairs.turns is None else by(pairs, pairs.turns),
-    )
-
-
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
+    """Of `(T,)` values, their sum correctly rounded."""
     return math.fsum(values.tolist()) / len(values)
 
 
@@ -416,11 +355,11 @@ def _cluster_sums(values: np.ndarray, clusters: Any) -> tuple[np.ndarray, np.nda
 
 
 def _column(name: str, values: Any) -> np.ndarray:
-    """`(T,)` with T at least 1, of strings for `subset`, else of whole or finite numbers in the column's range."""
-    column = np.asarray(values, dtype=None if name == "subset" else np.float64)
+    """`(T,)` with T at least 1, of strings for names, else of whole or finite numbers in the column's range."""
+    column = np.asarray(values, dtype=None if name in NAMES else np.float64)
     if column.ndim != 1 or not len(column):
         raise ValueError(f"`{name}` must have shape (T,), T at least 1, got {column.shape}. Pass one entry per pair.")
-    if name == "subset":
+    if name in NAMES:
         wrong, rule = np.array([not isinstance(value, str) for value in values]), "hold strings"
     else:
         low, high = RANGES.get(name, (-np.inf, np.inf))
@@ -440,59 +379,3 @@ def _check_length(name: str, values: Any, count: int) -> None:
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}. Pass 0.95 for 95 %.")
-
-
-def _rebuilt(kind: Any, found: Any) -> Any:
-    """What `asdict` and JSON made plain, as the type it was."""
-    if hasattr(kind, "__dataclass_fields__"):
-        return kind(**{field.name: _rebuilt(field.type, found[field.name]) for field in fields(kind)})
-    parts = get_args(kind)
-    if get_origin(kind) is list:
-        return [_rebuilt(parts[0], part) for part in found]
-    if get_origin(kind) is tuple:
-        return tuple(found)
-    return _rebuilt(parts[0], found) if parts and found is not None else found
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1e4 else f"{value:.2e}"
-
-
-def _short(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _shown(report: PreferenceReport) -> str:
-    size = f"{report.pairs:,} pairs of {report.groups:,} rows, beta {report.beta:g}, ties {100 * report.ties:.1f} %"
-    lines = [f"{_short(report.name, 30)}: {size}", ""]
-
-    def add(label: str = "", *cells: str, width: int = 10) -> None:
-        lines.append((f"{_short(label, 27):<28}" + "".join(f"{cell:>{width}}" for cell in cells)).rstrip())
-
-    shares = {"accuracy": report.accuracy, "  by reward per token": report.accuracy_per_token}
-    for label, share in (shares | {"  of the reference": report.reference_accuracy}).items():
-        add(label, f"{share!s:>20}", f"  {share.method}")
-    add("AUC across prompts", f"{report.auc:.3f}")
-    sides = {"reward": report.rewards, "log-ratio, nats": report.drift, "  per token": report.logratio_per_token}
-    sides |= {} if report.kl_per_token is None else {"KL per token, nats": report.kl_per_token}
-    numbers: dict[str, Mapping[str, Any]] = {
-        "mean median std 5% 25% 75% 95%": {"margin": report.margin, "  per token": report.margin_per_token},
-        "chosen rejected": sides | {"tokens": report.tokens},
-    }
-    for head, rows in numbers.items():
-        add()
-        add("", *head.split())
-        for label, row in rows.items():
-            add(label, *map(_number, asdict(row).values()))
-    for title, parts in {"length": report.by_length, "subset": report.by_subset, "turns": report.by_turns}.items():
-        if parts:
-            add()
-            add(f"by {title}", "pairs", "margin", f"{'accuracy':>20}")
-        for part in parts:
-            add(f"  {part.name}", f"{part.accuracy.count:,}", _number(part.margin), f"{part.accuracy!s:>20}")
-    add()
-    add("calibration", f"ECE {report.calibration.ece:.3f}", f"   Brier {report.calibration.brier:.3f}")
-    columns = zip(*report.calibration.curve, strict=True)
-    for label, values in zip(("confidence", "outcome", "pairs"), columns, strict=True):
-        add(f"  {label}", *(f"{value:.3f}" if isinstance(value, float) else f"{value}" for value in values), width=7)
-    return "\n".join(lines)

@@ -34,6 +34,7 @@ COLUMNS = (
     "top1_chosen",
     "kl_chosen",
     "kl_rejected",
+    "label_prob",
 )
 """Columns of the pair table: per pair, or summed over the scored tokens of one or both of its completions."""
 
@@ -132,6 +133,7 @@ def pair_table(
         "top1_chosen": statistics["is_top1"][w],
         "kl_chosen": kl[w],
         "kl_rejected": kl[l],
+        "label_prob": torch.ones_like(items) if scores.label_probs is None else scores.label_probs,
     }
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64
     return torch.stack([columns[name].to(wide) for name in COLUMNS], dim=1)
@@ -213,12 +215,13 @@ def best_metric_key(metric: str, sets: Sequence[str] = ()) -> str | None:
     return metric if not sets and metric in HIGHER_IS_BETTER else None
 
 
-def preference_metrics(chosen: Any, rejected: Any) -> dict[str, float]:
-    """Accuracy, margin and calibration of `(T,)` rewards, by the package's `evaluate` modules."""
+def preference_metrics(chosen: Any, rejected: Any, label_probs: Any = None) -> dict[str, float]:
+    """Accuracy, margin and calibration, against `(T,)` labels or 1, of `(T,)` rewards, by our `evaluate` modules."""
     import evaluate  # slow to import, and only evaluation needs it
 
+    options = {"preference_calibration": {} if label_probs is None else {"label_probs": label_probs}}
     found: dict[str, float] = {}
     for name in ("preference_accuracy", "implicit_reward_margin", "preference_calibration"):
         module = evaluate.load(str(EVALUATE_MODULES / name))
-        found |= module.compute(chosen_rewards=chosen, rejected_rewards=rejected)
+        found |= module.compute(chosen_rewards=chosen, rejected_rewards=rejected, **options.get(name, {}))
     return found

@@ -31,9 +31,9 @@ from qlora_dpo.charts import (
     reliability,
 )
 from qlora_dpo.generations import GENERATIONS_NAME
-from qlora_dpo.measures import PreferenceReport
 from qlora_dpo.origins import versions
 from qlora_dpo.paths import JUDGED, METRICS_NAME, PAIRS_NAME, RECORD_NAME, REPORT_NAME
+from qlora_dpo.preference_report import PreferenceReport
 
 REPORT_PAGE, PICTURES = "report.html", "charts"
 UNTOLD = {"run", "evaluations", "bco_delta"}
@@ -234,7 +234,8 @@ def _headline(reports: Mapping[str, PreferenceReport], metrics: Mapping[str, Any
     ]
     size = [
         f"{when}: {as_html(report.name)}, {report.pairs:,} pairs of {report.groups:,} rows, "
-        f"ties {100 * report.ties:.1f} %, accuracy of the reference {as_html(report.reference_accuracy)}"
+        f"ties {100 * report.ties:.1f} %"
+        + (f", accuracy of the reference {as_html(found)}" if (found := report.reference_accuracy) else "")
         for when, report in reports.items()
     ]
     lines = "".join(f'<p class="soft">{line}</p>' for line in size)

@@ -421,11 +421,10 @@ class QLoRADPOTrainer(SavingTrainer):
         if self.step.objective.coupled:
             metrics["loss"] = self.step.of_sides(torch.from_numpy(records.sides())).mean().item()
             metrics["loss"] += self.step.router_aux_loss_coef * metrics.get("aux_loss", 0.0)
-        prediction = EvalPrediction(
-            predictions=(records.column("reward_chosen"), records.column("reward_rejected")), label_ids=records.rows()
-        )
+        rewards = records.column("reward_chosen"), records.column("reward_rejected")
+        prediction = EvalPrediction(predictions=rewards, label_ids=records.rows())
         if self.compute_metrics is None:
-            metrics |= preference_metrics(*prediction.predictions)
+            metrics |= preference_metrics(*rewards, records.column("label_prob"))
         else:
             metrics |= measured(self.compute_metrics, prediction)
         first = f"{metric_key_prefix}_"

@@ -30,7 +30,7 @@ LAYERS = [
         "lora",
     },
     {"lean", "measures", "progress", "rewardbench", "world", "data_report", "files"},
-    {"charts"},
+    {"charts", "preference_report"},
     {
         "objective",
         "layouts",

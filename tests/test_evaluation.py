@@ -58,6 +58,7 @@ def test_reports_are_those_of_a_numpy_oracle_on_the_pairs_own_file(rows, tmp_pat
         assert at(report, path) == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6, abs=1e-9)), path
     keys = {"rewards/accuracies": "accuracy.value", "rewards/margins": "margin.mean", "rewards/ties": "ties"}
     keys |= {f"rewards/{side}": f"rewards.{side}" for side in ("chosen", "rejected")}
+    keys |= {"expected_calibration_error": "calibration.ece", "brier_score": "calibration.brier"}
     keys |= {f"kl/{side}": f"kl_per_token.{side}" for side in ("chosen", "rejected")}
     for key, path in keys.items():
         assert metrics[f"eval_{key}"] == pytest.approx(expected[path], rel=1e-5, abs=1e-6)

@@ -1,5 +1,6 @@
 """Reports of a policy on preference data: the trainer's own numbers, the divergence exact, the files readable again."""
 
+import itertools
 import json
 
 import numpy as np
@@ -95,6 +96,29 @@ def test_a_report_holds_the_trainers_own_numbers(tokenizer, make_args, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert np.mean([line["margin"] for line in lines]) == pytest.approx(report.margin.mean)
     assert lines[0]["prompt"] == tokenizer.decode(trainer.eval_dataset[0]["prompt_ids"])
+
+
+def test_rows_of_one_prompt_are_judged_as_its_list(tokenizer, make_args):
+    """The same pairs, a row each: the same interval, in the report and in the record of the evaluation."""
+    lists = RANKED * 5
+    unrolled = [
+        {"prompt": row["prompt"], "chosen": row["completions"][w], "rejected": row["completions"][l]}
+        for row in lists
+        for w, l in itertools.permutations(range(len(row["scores"])), 2)
+        if row["scores"][w] > row["scores"][l]
+    ]
+    whole, apart = (evaluated(tokenizer, make_args(reference="base"), rows)[0] for rows in (lists, unrolled))
+    first, second = (judged(trainer, "x").accuracy for trainer in (whole, apart))
+    assert (first.value, first.count) == (second.value, second.count)
+    assert (first.low, first.high, first.method) == (second.low, second.high, second.method)
+    assert first.method.endswith("over prompts")
+    assert whole.last_pairs.evaluation()["accuracy"] == apart.last_pairs.evaluation()["accuracy"]
+
+
+def test_a_policy_without_a_reference_is_judged_alone(tokenizer, make_args):
+    args = make_args(reference="none", loss_type="simpo", beta=2.0)
+    trainer, _ = evaluated(tokenizer, args, CHAT_ROWS)
+    assert judged(trainer, "x").reference_accuracy is None
 
 
 def test_the_references_own_accuracy_is_beside_the_policys(tokenizer, make_args):

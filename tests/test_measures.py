@@ -1,7 +1,6 @@
 """Numbers about preference pairs, against hand-derived values and oracles that try everything."""
 
 import doctest
-import json
 import math
 import time
 from dataclasses import fields, replace
@@ -14,10 +13,9 @@ import pytest
 
 from qlora_dpo import measures
 from qlora_dpo.measures import (
-    FEW_ROWS,
+    FEW_PROMPTS,
     Estimate,
     Pairs,
-    PreferenceReport,
     accuracy,
     accuracy_estimate,
     auc,
@@ -26,7 +24,6 @@ from qlora_dpo.measures import (
     calibration,
     distribution,
     length_classes,
-    preference_report,
     wilson_interval,
 )
 
@@ -75,7 +72,9 @@ def two_pairs(**changes):
 
 
 def taken(pairs, order):
-    columns = {field.name: getattr(pairs, field.name) for field in fields(pairs) if field.name != "beta"}
+    columns = {
+        field.name: getattr(pairs, field.name) for field in fields(pairs) if field.name not in ("beta", "referenced")
+    }
     return replace(pairs, **{name: None if values is None else values[order] for name, values in columns.items()})
 
 
@@ -181,19 +180,19 @@ def test_a_tie_counts_one_half():
 
 
 def test_rows_with_several_pairs_are_resampled_if_they_are_not_few():
-    margins, rows = np.tile([1.0, 1.0, -1.0], FEW_ROWS // 2), np.tile([0, 0, 1], FEW_ROWS // 2)
-    rows += 2 * np.repeat(np.arange(FEW_ROWS // 2), 3)
+    margins, rows = np.tile([1.0, 1.0, -1.0], FEW_PROMPTS // 2), np.tile([0, 0, 1], FEW_PROMPTS // 2)
+    rows += 2 * np.repeat(np.arange(FEW_PROMPTS // 2), 3)
     found = accuracy_estimate(margins, rows)
-    assert (found.value, found.count, found.method) == (2 / 3, 3 * FEW_ROWS // 2, "bootstrap over rows")
+    assert (found.value, found.count, found.method) == (2 / 3, 3 * FEW_PROMPTS // 2, "bootstrap over prompts")
     assert (found.low, found.high) == bootstrap_interval(margins > 0, rows)
     few = accuracy_estimate(margins[:-1], rows[:-1])
-    value = FEW_ROWS / (3 * FEW_ROWS // 2 - 1)
+    value = FEW_PROMPTS / (3 * FEW_PROMPTS // 2 - 1)
     assert few == Estimate(
-        value, *wilson_interval(value * (FEW_ROWS - 1), FEW_ROWS - 1), len(margins) - 1, "wilson over rows"
+        value, *wilson_interval(value * (FEW_PROMPTS - 1), FEW_PROMPTS - 1), len(margins) - 1, "wilson over prompts"
     )
 
 
-@pytest.mark.parametrize("rows", [2, 3, 5, FEW_ROWS - 1])
+@pytest.mark.parametrize("rows", [2, 3, 5, FEW_PROMPTS - 1])
 def test_intervals_of_few_rows_hold_the_truth(rows):
     """Ten pairs a row, with a chance to win of the row's own: Beta(4, 2), two thirds on average."""
     random, held = np.random.default_rng(0), 0
@@ -209,7 +208,7 @@ def test_all_wins_are_not_certain_though_a_bootstrap_would_say_so():
     rows = [0, 0, 0, 1, 1, 1]
     assert bootstrap_interval(np.ones(6), rows) == (1.0, 1.0)
     found = accuracy_estimate(np.ones(6), rows)
-    assert found == Estimate(1.0, *wilson_interval(2, 2), 6, "wilson over rows")
+    assert found == Estimate(1.0, *wilson_interval(2, 2), 6, "wilson over prompts")
     assert found.low == pytest.approx(2 / (2 + 3.8415), abs=1e-4)
 
 
@@ -286,17 +285,6 @@ def test_reference_logps_are_logps_less_reward_over_beta():
     assert pairs.margins.tolist() == [1.0, -1.0]
 
 
-def test_a_reference_of_zeros_ties_every_pair_though_rewards_are_rounded():
-    """Without a reference rewards are beta log pi, and logps - reward / beta is 0 but for the rounding to fp32."""
-    logps = np.random.default_rng(0).uniform(-900, -1, (2, 50)).astype(np.float32)
-    rewards = np.float32(0.1) * logps
-    pairs = random_pairs(
-        50, 50, logps_chosen=logps[0], logps_rejected=logps[1], reward_chosen=rewards[0], reward_rejected=rewards[1]
-    )
-    assert (pairs.ref_logps_chosen != pairs.ref_logps_rejected).any()
-    assert preference_report(pairs, "x").reference_accuracy.value == 0.5
-
-
 def test_lengths_are_similar_up_to_a_tenth_of_the_longer_one():
     """9 of 10, 10 of 10 and 10 of 9 are similar; 89 of 100 and 100 of 89 are not."""
     pairs = random_pairs(5, tokens_chosen=[9, 10, 10, 89, 100], tokens_rejected=[10, 10, 9, 100, 89])
@@ -360,71 +348,12 @@ def test_pairs_that_make_no_sense_are_refused_with_a_way_out(changes, message):
         (lambda: calibration([1.0], [1, 1]), "`label_probs` must have one entry for each of 1 pairs, got 2. "),
         (lambda: auc([], [1.0]), "`chosen` must have shape (T,), T at least 1, got (0,). "),
         (lambda: by(two_pairs(), ["a"]), "`keys` must have one entry for each of 2 pairs, got 1. "),
-        (lambda: PreferenceReport.from_dict({}), "`data` must have the keys of `to_dict`, got other ['accuracy', "),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(call, message):
     with pytest.raises(ValueError) as refused:
         call()
     assert str(refused.value).startswith(message)
-
-
-# The report
-
-
-def test_report_of_two_pairs_by_hand():
-    """Rewards per token 2/4 to 1/2 and 0/1 to 1/2: a tie and a loss. Log-ratios 4 and 0 over 5, 2 and 2 over 4 tokens.
-
-    The reference prefers -14 to -7 wrongly and -6 to -8 rightly. Of the rewards 2 beats 1 and 1, and 0 none.
-    """
-    found = preference_report(two_pairs(kl_chosen=[1.0, 0.5], kl_rejected=[0.0, 2.0]), "two")
-    assert (found.name, found.beta, found.pairs, found.groups, found.ties) == ("two", 0.5, 2, 2, 0.0)
-    assert found.accuracy.value == 0.5
-    assert found.accuracy_per_token.value == 0.25
-    assert found.reference_accuracy.value == 0.5
-    assert (found.margin.mean, found.margin.std, found.margin_per_token.mean) == (0.0, 1.0, -0.25)
-    assert (found.rewards.chosen, found.rewards.rejected) == (1.0, 1.0)
-    assert (found.drift.chosen, found.drift.rejected) == (2.0, 2.0)
-    assert (found.logratio_per_token.chosen, found.logratio_per_token.rejected) == (4 / 5, 4 / 4)
-    assert (found.kl_per_token.chosen, found.kl_per_token.rejected) == (1.5 / 5, 2 / 4)
-    assert (found.tokens.chosen, found.tokens.rejected) == (2.5, 2.0)
-    assert found.auc == 0.5
-    assert [(part.name, part.accuracy.value, part.margin) for part in found.by_length] == [
-        ("chosen shorter", 0.0, -1.0),
-        ("chosen longer", 1.0, 1.0),
-    ]
-    assert found.by_subset == found.by_turns == []
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_report_is_the_same_to_the_bit_in_any_order(seed):
-    pairs = random_pairs(seed=seed)
-    shuffled = taken(pairs, np.random.default_rng(9).permutation(300))
-    assert preference_report(shuffled, "x") == preference_report(pairs, "x")
-
-
-@pytest.mark.parametrize("optional", [True, False])
-def test_report_survives_json(optional):
-    none = dict.fromkeys(("kl_chosen", "kl_rejected", "label_probs", "subset", "turns"))
-    report = preference_report(random_pairs(**({} if optional else none)), "x")
-    assert PreferenceReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
-    assert (report.kl_per_token is None) is not optional
-
-
-def test_report_of_one_pair_has_an_interval_and_no_spread():
-    report = preference_report(random_pairs(1), "one")
-    assert report.accuracy.method == "wilson"
-    assert report.accuracy.high - report.accuracy.low > 0.7
-    assert report.margin.std == 0.0
-    assert "one: 1 pairs of 1 rows" in str(report)
-
-
-def test_report_fits_a_terminal_of_100_columns_whatever_it_is_called():
-    pairs = random_pairs(subset=["a subset whose name goes on and on and on"] * 300)
-    shown = str(preference_report(replace(pairs, logps_chosen=1e7 * pairs.logps_chosen), "a long name " * 20))
-    assert max(map(len, shown.splitlines())) <= 100
-    for word in ("accuracy", "of the reference", "AUC", "KL per token", "chosen shorter", "by turns", "ECE", "Brier"):
-        assert word in shown
 
 
 # The modules of the evaluate library

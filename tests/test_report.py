@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from qlora_dpo.charts import Line, draws_words, histogram, line_chart
-from qlora_dpo.measures import Pairs, preference_report
+from qlora_dpo.measures import Pairs
+from qlora_dpo.preference_report import preference_report
 from qlora_dpo.report import write_pictures, write_report
 
 EVIL = 'x</details></div><script>alert("1")</script>&amp;\x00\ud800'
