@@ -1,7 +1,8 @@
 """Callbacks of the trainer: a reference that follows, layers that keep activations, and warnings about a log."""
 
-import itertools
 import math
+import re
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from qlora_dpo.reference import AverageReference
 
 PATIENCE = 3
 """Log lines that must show the same before it is said."""
+SURELY = 3.0
+"""Standard errors by which a key must have moved: each line is of other pairs."""
+_ACCURACY = re.compile(r"eval_(?:(?P<set>.*)_)?rewards/accuracies", re.DOTALL)
 
 
 class SyncReference(TrainerCallback):
@@ -62,19 +66,22 @@ class KeepLayers(TrainerCallback):
             layer.gradient_checkpointing = recomputing and number < len(self.layers) - self.count  # type: ignore[assignment]
 
 
-def troubles(history: Sequence[Mapping[str, float]], loss_scaled: bool = False) -> dict[str, str]:
+def troubles(
+    history: Sequence[Mapping[str, float]], loss_scaled: bool = False, referenced: bool = True
+) -> dict[str, str]:
     """What a log shows that a person should know, by name.
 
     Args:
         history: Lines of `trainer.state.log_history`, oldest first.
         loss_scaled: Whether the loss is scaled for fp16. A step whose gradient overflows is then left out, and the next
             one has a smaller scale, until it fits: one line with such a norm says nothing.
+        referenced: Whether rewards are relative to a reference. Without one, whether they fall is not to be seen among
+            what the pairs of one line and of the next differ by.
 
     Returns:
         A sentence with a remedy by name: `grad_norm_not_finite`, `chosen_falls`, `ties`, `overfitting`.
     """
     lines = [line for line in history if "rewards/margins" in line]
-    evaluations = [line["eval_rewards/accuracies"] for line in history if "eval_rewards/accuracies" in line]
     found = {}
     norms = [line.get("grad_norm", 0.0) for line in lines[-(PATIENCE if loss_scaled else 1) :]]
     if len(norms) == (PATIENCE if loss_scaled else 1) and not any(map(math.isfinite, norms)):
@@ -83,8 +90,9 @@ def troubles(history: Sequence[Mapping[str, float]], loss_scaled: bool = False) 
             "here. Lower the learning rate, or compute in bf16 instead of fp16."
         )
     last = lines[-PATIENCE:]
-    parting = len(last) == PATIENCE and last[-1]["rewards/chosen"] < 0 < last[-1]["rewards/margins"]
-    if parting and _monotone(last, "rewards/margins", 1) and _monotone(last, "logps/chosen", -1):
+    parting = bool(last) and last[-1]["rewards/chosen"] < 0 < last[-1]["rewards/margins"]
+    falls, grow = _moved(lines, "rewards/chosen") < -SURELY, _moved(lines, "rewards/margins") > SURELY
+    if referenced and parting and falls and grow:
         found["chosen_falls"] = (
             f"Chosen log-probabilities fall (rewards/chosen {last[-1]['rewards/chosen']:.3g}) while margins grow: the "
             "policy learns to make both sides unlikely. Mix in the likelihood (loss_type=['sigmoid', 'sft']), use "
@@ -95,33 +103,55 @@ def troubles(history: Sequence[Mapping[str, float]], loss_scaled: bool = False) 
             "More than half of the pairs still tie: the adapter hardly moves. Raise the learning rate, or check that "
             "its weights are trained."
         )
-    if len(last) == PATIENCE and len(evaluations) > 1:
-        seen = sum(line["rewards/accuracies"] for line in last) / PATIENCE
-        if seen - evaluations[-1] > 0.2 and evaluations[-1] < max(evaluations):
+    seen = sum(line["rewards/accuracies"] for line in last) / PATIENCE
+    for name, evaluated in _evaluated(history).items() if len(last) == PATIENCE else ():
+        if len(evaluated) > 1 and seen - evaluated[-1] > 0.2:
             found["overfitting"] = (
-                f"Accuracy is {seen:.2f} in training and {evaluations[-1]:.2f} in evaluation, where it was "
-                f"{max(evaluations):.2f}: stop earlier (load_best_model_at_end), or raise beta."
+                f"Accuracy is {seen:.2f} in training and {evaluated[-1]:.2f} in evaluation{name and f' on {name}'}, at "
+                f"best {max(evaluated):.2f}: stop earlier (load_best_model_at_end), raise beta, or add data."
             )
     return found
 
 
-def _monotone(lines: Sequence[Mapping[str, float]], key: str, sign: int) -> bool:
-    """Whether a key only rises (sign 1) or falls (-1) from line to line."""
-    values = [line[key] for line in lines]
-    return all(sign * (b - a) > 0 for a, b in itertools.pairwise(values))
+def _evaluated(history: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """The accuracies of the evaluations, oldest first, by the name of their set."""
+    found: dict[str, list[float]] = {}
+    for line in history:
+        for key, value in line.items():
+            if match := _ACCURACY.fullmatch(key):
+                found.setdefault(match["set"] or "", []).append(value)
+    return found
+
+
+def _moved(lines: Sequence[Mapping[str, float]], key: str) -> float:
+    """How far a key is in the last third of a log from where it was in the first, in standard errors of the two means.
+
+    >>> lines = [{"reward": value} for value in (0, 1, 2, 0, 0, 0, 4, 5, 6)]
+    >>> round(_moved(lines, "reward"), 4)  # 5 - 1, over the root of 1 / 3 + 1 / 3
+    4.899
+    """
+    third = len(lines) // 3
+    if third < PATIENCE:
+        return 0.0
+    first, last = ([line[key] for line in some] for some in (lines[:third], lines[-third:]))
+    rose = statistics.mean(last) - statistics.mean(first)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
+    return rose / error if error else rose * math.inf if rose else 0.0
 
 
 class WatchPreferences(TrainerCallback):
     """Warns once of each of the `troubles` that the log shows."""
 
-    def __init__(self) -> None:
+    def __init__(self, referenced: bool) -> None:
+        """Whether the log's rewards are relative to a reference."""
+        self.referenced = referenced
         self.said: set[str] = set()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the log so far."""
         if not state.is_world_process_zero:
             return
-        for name, sentence in troubles(state.log_history, args.fp16).items():
+        for name, sentence in troubles(state.log_history, args.fp16, self.referenced).items():
             if name not in self.said:
                 self.said.add(name)
                 warnings.warn(f"{name}: {sentence}", stacklevel=2)

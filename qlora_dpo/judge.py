@@ -100,7 +100,7 @@ def judged(trainer: QLoRADPOTrainer, name: str, output_dir: str | None = None) -
             "Rewards must be finite to be judged, got some that are not: the policy has diverged, or what it is "
             "trained from holds such numbers. Lower `learning_rate`; `qlora-dpo report` draws where the log went wrong."
         )
-    referenced = trainer.given or trainer.reference.kind != "none"
+    referenced = trainer.reference.kind != "none" or "ref_logps" in columns_of(trainer.eval_dataset)
     report = preference_report(pairs_of(trainer.last_pairs, groups, trainer.beta, referenced), name)
     if output_dir is not None and trainer.args.process_index == 0:
         Path(output_dir).mkdir(parents=True, exist_ok=True)

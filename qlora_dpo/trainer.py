@@ -180,7 +180,7 @@ class QLoRADPOTrainer(SavingTrainer):
     def _add_own_callbacks(self) -> None:
         args, handler = self.args, self.callback_handler
         handler.callbacks = [with_preferences(callback) for callback in handler.callbacks]
-        self.add_callback(WatchPreferences())
+        self.add_callback(WatchPreferences(self.given or self.reference.kind != "none"))
         if args.sample_generations:
             every, tokens = args.sample_generations_every, args.sample_max_new_tokens
             self.add_callback(SampleGenerations(self, args.sample_generations, every, tokens))
