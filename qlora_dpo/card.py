@@ -18,9 +18,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora_dpo.cardtext import as_markdown, data_in_words, introduction, is_id, loading, shown, table, trained
 from qlora_dpo.measures import Estimate
-from qlora_dpo.paths import EVALUATIONS, JUDGED, REPORT_NAME, saved_adapter
+from qlora_dpo.paths import EVALUATIONS, JUDGED, METRICS_NAME, OF_WEIGHTS, REPORT_NAME, saved_adapter
 from qlora_dpo.preference_report import PreferenceReport
-from qlora_dpo.record import AdapterRecord, read_record, weights_hash
+from qlora_dpo.record import AdapterRecord, read_record, weights_hash_of
 from qlora_dpo.report import PICTURES, curve_charts, picture_name, write_pictures
 
 TAGS = ("dpo", "qlora-dpo", "lora", "preference-alignment")
@@ -180,17 +180,17 @@ def _report(folder: Path) -> PreferenceReport | None:
 
 def _evaluations(folder: Path, record: AdapterRecord) -> list[Judged]:
     """What is known of these very weights: the evaluations of the training, and those of `qlora-dpo evaluate`."""
-    after, judged = _report(folder / JUDGED["after"]), []
+    weights = weights_hash_of(folder)
+    own = _read(folder / METRICS_NAME).get(OF_WEIGHTS, weights) == weights  # else of a run that was here before
+    after, judged = _report(folder / JUDGED["after"]) if own else None, []
     for name, found in record.evaluations.items():
         same = after is not None and (after.accuracy.value, after.pairs) == (found["accuracy"]["value"], found["pairs"])
         label = "unnamed data" if name == "eval" else name.removeprefix("eval_")
         origin = {"name": label} | record.datasets.get(name, {})
         judged.append(Judged(origin, found, after if same else None))
-    later = sorted((folder / EVALUATIONS).glob("*/metrics.json"))
-    weights = weights_hash(str(folder)) if later else None
-    for path in later:
+    for path in sorted((folder / EVALUATIONS).glob(f"*/{METRICS_NAME}")):
         report, metrics = _report(path.parent), _read(path)
-        if report is None or metrics.get("adapter_sha256") != weights:
+        if report is None or metrics.get(OF_WEIGHTS) != weights:
             continue
         found = {"pairs": report.pairs, "groups": report.groups, "ties": report.ties, "margin": report.margin.mean}
         found["accuracy"] = dict(vars(report.accuracy))

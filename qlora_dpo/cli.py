@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -29,6 +30,7 @@ from qlora_dpo.demo import DemoArguments, run_demo
 from qlora_dpo.errors import FixableError, StoppedError
 from qlora_dpo.files import load_rows
 from qlora_dpo.footprint import MemoryOptions
+from qlora_dpo.generations import GENERATIONS_NAME
 from qlora_dpo.hub import push_adapter
 from qlora_dpo.judge import judged
 from qlora_dpo.memory import parse_bytes, plan_memory
@@ -36,7 +38,7 @@ from qlora_dpo.merge import merge_adapter
 from qlora_dpo.model import load_tokenizer
 from qlora_dpo.options import DataArguments, ModelArguments, chosen_policy
 from qlora_dpo.parsing import parse
-from qlora_dpo.paths import EVALUATIONS, JUDGED, METRICS_NAME, UNKNOWN
+from qlora_dpo.paths import EVALUATIONS, JUDGED, METRICS_NAME, OF_WEIGHTS, UNKNOWN
 from qlora_dpo.record import (
     policy_of,
     read_record,
@@ -118,6 +120,8 @@ def _train(data: DataArguments, model: ModelArguments, args: QLoRADPOConfig) -> 
     test_rows = load_rows(split=data.dataset_test_split, **load) if data.dataset_test_split else None
     trainer = _trainer(data, model, args, train_rows, test_rows)
     metrics: dict[str, Any] = {}
+    if goes_on is None and args.process_index == 0:
+        _forget_judged(args.output_dir)
     if test_rows is not None and goes_on is None:
         metrics["before"] = trainer.evaluate()
         judged(trainer, data.dataset_name, str(Path(args.output_dir) / JUDGED["before"]))
@@ -166,7 +170,14 @@ def _save(trainer: QLoRADPOTrainer, metrics: dict[str, Any]) -> None:
     """What a training leaves behind, without pushing it."""
     trainer.save_state()
     trainer.save_model(_internal_call=True)
-    _write_metrics(trainer.args.output_dir, metrics)
+    _write_metrics(trainer.args.output_dir, metrics | {OF_WEIGHTS: weights_hash(trainer.args.output_dir)})
+
+
+def _forget_judged(folder: str) -> None:
+    """Take away what another run in the same folder was judged by, which would stand beside this one's numbers."""
+    for path in JUDGED.values():
+        shutil.rmtree(Path(folder, path), ignore_errors=True)
+    Path(folder, GENERATIONS_NAME).unlink(missing_ok=True)
 
 
 def _section_scores(trainer: QLoRADPOTrainer) -> dict[str, float]:
@@ -232,7 +243,7 @@ def evaluate(words: Sequence[str]) -> None:
     sections = [f"\n{section:10} {score:.3f}" for scores in extra.values() for section, score in scores.items()]
     print(json.dumps(found.to_dict() | extra, indent=2) if chosen.json else "".join([str(found), *sections]))
     trainer.prepared.name("eval", chosen.dataset_name, chosen.dataset_config)
-    metrics |= extra | {"adapter_sha256": weights_hash(adapter), "data": trainer.prepared.origins["eval"]}
+    metrics |= extra | {OF_WEIGHTS: weights_hash(adapter), "data": trainer.prepared.origins["eval"]}
     metrics[SOURCE] = _evaluation_source(chosen)
     _write_metrics(args.output_dir, metrics)
 

@@ -30,7 +30,7 @@ from qlora_dpo.adapters import (
     without_unfit_layers,
 )
 from qlora_dpo.config import best_precision
-from qlora_dpo.errors import memory_said
+from qlora_dpo.errors import FixableError, memory_said
 from qlora_dpo.offload import keep_embeddings_on_cpu, require_frozen_embeddings
 from qlora_dpo.origins import base_commit
 from qlora_dpo.paths import (
@@ -85,10 +85,21 @@ def keep_one_arithmetic(model: nn.Module) -> None:
     bitsandbytes repacks the weight of a layer that runs in eval mode on a CPU with AVX512-BF16, for good: from then on
     it computes in another arithmetic and has no backward pass, so training after one `evaluate()` or `generate()` goes
     on with wrong gradients and no error. Switched off per layer; without effect on a GPU.
+
+    Raises:
+        FixableError: If a layer has run so already: packed, its scales are rounded, so that its base is another one.
     """
+    packed = 0
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            packed += bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
+    if packed:
+        raise FixableError(
+            f"A 4-bit model must not have run on a CPU in eval mode before it is handed in, got {packed} layers that "
+            "bitsandbytes has repacked for inference, with rounded scales and no right gradient. Load it anew, and "
+            "evaluate or generate once the trainer has it, or load it with load_policy."
+        )
 
 
 def is_quantized(model: nn.Module) -> bool:

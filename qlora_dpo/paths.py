@@ -14,6 +14,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 RECORD_NAME = "qlora_dpo.json"
 METRICS_NAME = "metrics.json"
 """What a command found, as numbers: of a training in its folder, of an evaluation in its own."""
+OF_WEIGHTS = "adapter_sha256"
+"""Key of those numbers that tells which adapter's weights they are of."""
 REPORT_NAME, PAIRS_NAME = "report.json", "pairs.jsonl"
 """The report of an evaluation, and a line for each of its pairs."""
 JUDGED = {when: Path("evaluation", when) for when in ("before", "after")}

@@ -231,6 +231,14 @@ def weights_hash(folder: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_hash_of(folder: Path) -> str | None:
+    """The same of whatever lies in a folder; None of one without an adapter."""
+    try:
+        return weights_hash(str(folder))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def recorded_reference(record: AdapterRecord, given: bool) -> str:
     """The option `reference` that gives the reference of a record again.
 

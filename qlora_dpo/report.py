@@ -31,9 +31,11 @@ from qlora_dpo.charts import (
     reliability,
 )
 from qlora_dpo.generations import GENERATIONS_NAME
+from qlora_dpo.measures import Estimate
 from qlora_dpo.origins import versions
-from qlora_dpo.paths import JUDGED, METRICS_NAME, PAIRS_NAME, RECORD_NAME, REPORT_NAME
+from qlora_dpo.paths import EVALUATIONS, JUDGED, METRICS_NAME, OF_WEIGHTS, PAIRS_NAME, RECORD_NAME, REPORT_NAME
 from qlora_dpo.preference_report import PreferenceReport
+from qlora_dpo.record import weights_hash_of
 
 REPORT_PAGE, PICTURES = "report.html", "charts"
 UNTOLD = {"run", "evaluations", "bco_delta"}
@@ -82,6 +84,7 @@ def write_report(run_dir: str) -> str:
     Args:
         run_dir: Folder with `trainer_state.json`, and perhaps `metrics.json`, `qlora_dpo.json`, adapters, and
             `report.json` and `pairs.jsonl` in `evaluation/before` and `evaluation/after`, and `generations.jsonl`.
+            What is of another adapter than the one that lies there is left out.
 
     Returns:
         The path of the page.
@@ -94,16 +97,17 @@ def write_report(run_dir: str) -> str:
     state = _state(run)
     notes: list[str] = []
     metrics, record = (_optional(run / name, notes) for name in (METRICS_NAME, RECORD_NAME))
-    folders = {when: run / path for when, path in JUDGED.items()}
+    folders = _judged(run, metrics, notes)
     reports = {when: found for when, path in folders.items() if (found := _report(path / REPORT_NAME, notes))}
     pairs = {when: path / PAIRS_NAME for when, path in folders.items() if (path / PAIRS_NAME).is_file()}
-    notes += [f"{JUDGED[when].as_posix()}/{PAIRS_NAME} is missing." for when in folders if when not in pairs]
+    without = [folder.relative_to(run).as_posix() for when, folder in folders.items() if when not in pairs]
+    notes += [f"{folder}/{PAIRS_NAME} is missing." for folder in without]
     curves, distributions, slices = curve_charts(state["log_history"]), _distributions(reports, pairs), _slices(reports)
     notes += write_pictures(run / PICTURES, [*curves, *distributions, *slices])
     special = _special_tokens(run)
     title = as_html(f"Preference training of {run.resolve().name}")
     sections = {
-        "Result": _headline(reports, metrics),
+        "Result": _headline(reports, metrics, record),
         "Curves": _grid(curves) + _not_logged(curves),
         "Margins and calibration": _grid(distributions),
         "Accuracy by part, with 95 % intervals": _grid(slices),
@@ -168,6 +172,24 @@ def _state(run: Path) -> dict[str, Any]:
     return state
 
 
+def _judged(run: Path, metrics: dict[str, Any], notes: list[str]) -> dict[str, Path]:
+    """Folders with evaluations of the run, by when: its own, or the last of `qlora-dpo evaluate` on its adapter.
+
+    The numbers of another run in the same folder are taken out of `metrics`.
+    """
+    weights = weights_hash_of(run)
+    found = {when: run / path for when, path in JUDGED.items()}
+    if metrics.get(OF_WEIGHTS, weights) != weights:
+        notes.append(f"{METRICS_NAME} and evaluation/ are of another run, whose adapter was written over.")
+        metrics.clear()
+        found = {}
+    if "after" not in found or not (found["after"] / REPORT_NAME).is_file():
+        later = sorted((run / EVALUATIONS).glob(f"*/{METRICS_NAME}"), key=lambda path: path.stat().st_mtime)
+        of_these = [path.parent for path in later if weights and _optional(path, []).get(OF_WEIGHTS) == weights]
+        found |= {"after": of_these[-1]} if of_these else {}
+    return found
+
+
 def _optional(path: Path, notes: list[str]) -> dict[str, Any]:
     """A JSON object of the run, or an empty one and a note."""
     if not path.is_file():
@@ -184,7 +206,7 @@ def _optional(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _report(path: Path, notes: list[str]) -> PreferenceReport | None:
-    name = f"evaluation/{path.parent.name}/{path.name}"
+    name = "/".join(path.parts[-3:])
     try:
         return PreferenceReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -211,10 +233,10 @@ def _pairs(path: Path) -> Iterator[dict[str, Any]]:
     return (pair for pair in _json_lines(path) if math.isfinite(drawable(pair.get("margin"))))
 
 
-def _headline(reports: Mapping[str, PreferenceReport], metrics: Mapping[str, Any]) -> str:
+def _headline(reports: Mapping[str, PreferenceReport], metrics: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     logged = {when: found for when in ("before", "after") if isinstance(found := metrics.get(when), dict)}
     if not reports and not logged:
-        return "<p>No evaluation was saved: give the run a test split to see accuracy, margin and calibration.</p>"
+        return _recorded(record)
 
     def card(name: str, key: str, value: Callable[[PreferenceReport], float], note: str) -> str:
         numbers = [
@@ -240,6 +262,20 @@ def _headline(reports: Mapping[str, PreferenceReport], metrics: Mapping[str, Any
     ]
     lines = "".join(f'<p class="soft">{line}</p>' for line in size)
     return f'<p class="soft">Before → after training.</p><div class="grid">{"".join(cards)}</div>{lines}'
+
+
+def _recorded(record: Mapping[str, Any]) -> str:
+    """The evaluations of a run that was no command's: accuracy and margin of each set."""
+    way = "<p>{} `qlora-dpo evaluate --adapter` on this folder adds calibration, accuracy by part, and pairs.</p>"
+    found = record.get("evaluations") or {}
+    if not found:
+        return way.format("No evaluation of this adapter was saved.")
+    lines = [
+        f"<p>{as_html(name)}: accuracy {as_html(Estimate(**one['accuracy']))}, margin {one['margin']:.3f}, "
+        f"{one['pairs']:,} pairs</p>"
+        for name, one in found.items()
+    ]
+    return "".join([*lines, way.format("These are what the training recorded.")])
 
 
 def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -49,7 +49,7 @@ from qlora_dpo.data import GROUP_COLUMNS, VALUE_COLUMNS, as_named
 from qlora_dpo.errors import FixableError, memory_said
 from qlora_dpo.evaluation import GatheredPairs, PairRecords
 from qlora_dpo.forward import disable_dropout, prepare_policy
-from qlora_dpo.generations import SampleGenerations
+from qlora_dpo.generations import GENERATIONS_NAME, SampleGenerations
 from qlora_dpo.layouts import Group, GroupCollator
 from qlora_dpo.memory import weight_bytes
 from qlora_dpo.metrics import preference_metrics
@@ -264,7 +264,7 @@ class QLoRADPOTrainer(SavingTrainer):
         checkpoint = self._complete_checkpoint(asked)
         self._run = run_facts(self.args, self.train_dataset, self.model, self.sharded)
         if checkpoint is None and self.args.process_index == 0:
-            warn_of_others(self.args.output_dir)
+            self._begin_anew()
         if checkpoint is not None:
             check_same_run(checkpoint, read_record(checkpoint), self._record())
             if not isinstance(self.train_dataset, Dataset) and not self.args.ignore_data_skip:
@@ -292,6 +292,12 @@ class QLoRADPOTrainer(SavingTrainer):
         self._judged_at.clear()  # of other weights
         with replaced(self, "_remembered", self._memory()):
             return super().train(checkpoint, *args, **kwargs)
+
+    def _begin_anew(self) -> None:
+        """Say what another run left in the folder; its answers go, where none are sampled that write over them."""
+        warn_of_others(self.args.output_dir)
+        if not self.args.sample_generations:
+            Path(self.args.output_dir, GENERATIONS_NAME).unlink(missing_ok=True)
 
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """What a run returns that has no step left: `Trainer` would make one more in the middle of an epoch."""

@@ -23,6 +23,7 @@ from qlora_dpo.__main__ import COMMANDS, main
 from qlora_dpo.cli import RUNS, DataArguments, ModelArguments, parse
 from qlora_dpo.config import EVALUATION_FIELDS
 from qlora_dpo.model import load_base
+from qlora_dpo.record import weights_hash
 from qlora_dpo.resuming import frozen_weights
 
 from tiny_chat import CHAT_ROWS, build_chat_tokenizer, build_tiny_llama, ranked_row
@@ -168,6 +169,20 @@ def test_what_a_model_computes_anew_is_no_weight_of_its_base(base_folder):
     policy.get_base_model().model.rotary_emb.inv_freq.mul_(2)
     assert not any("inv_freq" in name for name in before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in frozen_weights(policy).items())
+
+
+def test_a_run_in_the_folder_of_another_is_not_judged_by_its_numbers(base_folder, rows_file, tmp_path):
+    run = tmp_path / "run"
+    words = train_words(base_folder, rows_file, run)
+    assert main([*words, "--sample_generations", "1", "--sample_max_new_tokens", "2"]) == 0
+    assert (run / "generations.jsonl").is_file()
+    place = words.index("--dataset_test_split")
+    with pytest.warns(UserWarning, match="an adapter, which will be written over"):
+        assert main([*words[:place], *words[place + 2 :], "--beta", "0.5"]) == 0
+    assert not any((run / name).exists() for name in ("generations.jsonl", "evaluation/before", "evaluation/after"))
+    found = json.loads((run / "metrics.json").read_text())
+    assert set(found) == {"train", "adapter_sha256"}
+    assert found["adapter_sha256"] == weights_hash(str(run))
 
 
 def test_a_training_that_is_done_and_runs_again_changes_nothing(base_folder, rows_file, tmp_path):

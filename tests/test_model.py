@@ -10,13 +10,15 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Llama4TextConfig, PhimoeConfig
 
-from qlora_dpo import load_policy
+from qlora_dpo import QLoRADPOTrainer, load_policy
 from qlora_dpo.adapters import frozen_adapters, is_fresh, trained_adapters
 from qlora_dpo.arguments import policy_from, reference_from
-from qlora_dpo.errors import OutOfMemoryError
+from qlora_dpo.errors import FixableError, OutOfMemoryError
 from qlora_dpo.forward import install_scoring, score_batch
 from qlora_dpo.layouts import LAYOUTS, Group, make_batch
 from qlora_dpo.model import (
@@ -31,7 +33,7 @@ from qlora_dpo.options import ModelArguments, chosen_policy
 from qlora_dpo.paths import UNKNOWN
 
 from test_trainer import trainer_of
-from tiny_chat import build_tiny_llama
+from tiny_chat import CHAT_ROWS, build_tiny_llama
 from tiny_models import build
 
 GROUPS = [
@@ -161,6 +163,20 @@ def test_keep_one_arithmetic_mends_a_model_handed_in(base_folder, monkeypatch):
     assert all(layer.support_avx512bf16_for_cpu for layer in four_bit_layers(model).values())
     keep_one_arithmetic(model)
     assert not any(layer.support_avx512bf16_for_cpu for layer in four_bit_layers(model).values())
+
+
+def test_a_model_that_has_generated_on_a_cpu_is_not_trained_on(base_folder, tokenizer, make_args, monkeypatch):
+    """Its gradients would be others, without an error, at a start whose margins are exactly zero."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    quantization = default_quantization()
+    model = AutoModelForCausalLM.from_pretrained(base_folder, quantization_config=quantization, dtype=torch.bfloat16)
+    for layer in four_bit_layers(model).values():  # as its first forward in eval mode does
+        packed, layer.weight.quant_state = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+        layer.weight.data = packed
+    rows, config = Dataset.from_list(CHAT_ROWS), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    said = r"must not have run on a CPU in eval mode before it is handed in, got 14 layers .* Load it anew"
+    with pytest.raises(FixableError, match=said):
+        QLoRADPOTrainer(model, args=make_args(), train_dataset=rows, processing_class=tokenizer, peft_config=config)
 
 
 def test_gradients_are_bit_equal_before_and_after_evaluation_and_generation(base_folder):

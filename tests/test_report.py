@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ import pytest
 from qlora_dpo.charts import Line, draws_words, histogram, line_chart
 from qlora_dpo.measures import Pairs
 from qlora_dpo.preference_report import preference_report
+from qlora_dpo.record import weights_hash
 from qlora_dpo.report import write_pictures, write_report
 
 EVIL = 'x</details></div><script>alert("1")</script>&amp;\x00\ud800'
@@ -288,7 +290,7 @@ def test_without_the_library_for_pictures_the_page_says_how_to_get_them(run, mon
 def test_a_state_alone_makes_a_page_that_says_what_is_missing(tmp_path):
     save(tmp_path / "trainer_state.json", {"log_history": history()})
     page = page_of(tmp_path)
-    assert "No evaluation was saved" in page
+    assert "No evaluation of this adapter was saved" in page
     for name in ("metrics.json", "qlora_dpo.json", "evaluation/after/report.json", "evaluation/before/pairs.jsonl"):
         assert f"{name} is missing." in page
 
@@ -299,6 +301,38 @@ def test_metrics_stand_in_for_missing_reports(tmp_path):
     page = page_of(tmp_path)
     assert "? → 0.625" in page
     assert "? → 1.500" in page
+
+
+def test_what_is_of_another_adapter_is_left_out(run):
+    """A run that was trained anew in its folder, by a script that evaluates nothing."""
+    save(run / "metrics.json", {"after": {"eval_rewards/accuracies": 0.9}, "adapter_sha256": weights_hash(str(run))})
+    assert "Accuracy by part" in page_of(run)
+    (run / "adapter_model.safetensors").write_bytes(b"1" * 1234)
+    page = page_of(run)
+    assert "No evaluation of this adapter was saved" in page
+    assert "metrics.json and evaluation/ are of another run, whose adapter was written over." in page
+    assert not re.search("Accuracy by part|Most wrong|0.900", page)
+
+
+@pytest.mark.parametrize("of_these", [True, False])
+def test_a_later_evaluation_of_the_adapter_is_the_one_after_training(run, of_these):
+    shutil.rmtree(run / "evaluation")
+    save_evaluation(run / "evaluations" / "other", 1.0)
+    weights = weights_hash(str(run)) if of_these else "0"
+    save(run / "evaluations" / "other" / "metrics.json", {"adapter_sha256": weights})
+    page = page_of(run)
+    assert ("after: held-out" in page) == ("Most right, after training" in page) == of_these
+
+
+def test_what_a_training_recorded_stands_in_for_reports(run):
+    shutil.rmtree(run / "evaluation")
+    accuracy = {"value": 0.75, "low": 0.5, "high": 0.9, "count": 12, "method": "wilson"}
+    record = json.loads((run / "qlora_dpo.json").read_text())
+    evaluation = {"accuracy": accuracy, "margin": 0.25, "pairs": 12}
+    save(run / "qlora_dpo.json", record | {"evaluations": {"eval_chats": evaluation}})
+    page = page_of(run)
+    assert "eval_chats: accuracy 0.750 [0.50, 0.90], margin 0.250, 12 pairs" in page
+    assert "`qlora-dpo evaluate --adapter` on this folder adds calibration" in page
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"name": 1}'])
