@@ -184,7 +184,7 @@ def make_batch(
         `weights`, `label_probs`, `offsets`: T host numbers, `ref_logps` B of them, where the groups have them;
         `keys`: B host strings that tell prompt + completion from any other;
         `num_tokens`: both sides of every pair with their prompt, a host integer, as TRL counts;
-        `num_unique_tokens`: tokens placed in the rows, without padding, a host integer.
+        `num_unique_tokens`: tokens placed in the rows, without padding and fillers, a host integer.
         With `parts`, a forward each: what is in rows (`input_ids` to `targets`) is in them only, each with its
         `lengths` and `num_unique_tokens`.
     """
@@ -199,6 +199,7 @@ def make_batch(
             "num_unique_tokens": sum(part["num_unique_tokens"] for part in placed),
         }
     )
+    whole["num_unique_tokens"] -= sum(positions([group], layout) for group in groups if not group.pairs)  # of fillers
     return {**whole, **_pairs(groups)}
 
 

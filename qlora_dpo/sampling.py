@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import RandomSampler, Sampler
 
 from qlora_dpo.layouts import GROUP_VALUES
@@ -49,19 +50,50 @@ class FilledSampler(Sampler):
             self.sampler.set_epoch(epoch)
 
 
+def _filler(row: dict[str, Any]) -> dict[str, Any]:
+    """A group without pairs that is computed where there is nothing to compute: a few tokens of a genuine one."""
+    few = {"prompt_ids": row["prompt_ids"][:1], "completion_ids": [row["completion_ids"][0][:2]], "pairs": []}
+    if "ref_logps" in row:
+        few["ref_logps"] = row["ref_logps"][:1]
+    return row | {name: [] for name in GROUP_VALUES if name in row} | few
+
+
 def with_fillers(dataset: Dataset, multiple: int) -> Dataset:
-    """Tokenised groups, filled up to a multiple with copies of the first one that have no pairs."""
+    """Tokenised groups, filled up to a multiple."""
     missing = -len(dataset) % multiple
     if not missing:
         return dataset
-    filler = {**dataset[0], "pairs": []} | {name: [] for name in GROUP_VALUES if name in dataset.column_names}
-    if "ref_logps" in filler:
-        filler["ref_logps"] = dataset[0]["ref_logps"]
-    return concatenate_datasets([dataset, Dataset.from_list([filler] * missing, features=dataset.features)])
+    fillers = Dataset.from_list([_filler(dataset[0])] * missing, features=dataset.features)
+    return concatenate_datasets([dataset, fillers])
+
+
+class FilledStream(TorchIterableDataset):
+    """A stream of tokenised groups in whole multiples: filled up at its end, or cut there.
+
+    Every process goes through all of it and takes its part of each multiple. accelerate would give processes shards of
+    the stream instead, which end at different steps, count their rows alike, and repeat their first groups at the end.
+    """
+
+    def __init__(self, stream: IterableDataset, multiple: int, cut: bool) -> None:
+        self.stream, self.multiple, self.cut = stream, multiple, cut
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        waiting: list[dict[str, Any]] = []
+        for row in self.stream:
+            waiting.append(row)
+            if len(waiting) == self.multiple:
+                yield from waiting
+                waiting = []
+        if waiting and not self.cut:
+            yield from [*waiting, *[_filler(waiting[0])] * (self.multiple - len(waiting))]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle for another epoch."""
+        self.stream.set_epoch(epoch)
 
 
 def filled(
-    dataset: Any, sampler_fn: Callable[[Any], Sampler], multiple: int, seed: int | None
+    dataset: Dataset, sampler_fn: Callable[[Any], Sampler], multiple: int, seed: int | None
 ) -> tuple[Dataset, Sampler]:
     """A data set filled up to a multiple, and the sampler that deals its fillers last.
 
@@ -70,14 +102,6 @@ def filled(
         sampler_fn: Makes the sampler of the genuine ones.
         multiple: Groups that all processes deal at a time.
         seed: `data_seed`.
-
-    Raises:
-        ValueError: For a stream.
     """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            "A stream must be trained on with dataloader_drop_last=True by several processes, got False: its last "
-            "batch would be filled up with groups that then count twice. Set it, or use a data set of known length."
-        )
     whole = with_fillers(dataset, multiple)
     return whole, FilledSampler(sampler_fn(dataset), len(dataset), len(whole) - len(dataset), seed)

@@ -83,6 +83,10 @@ class SavingTrainer(StepTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As `Trainer`'s, with the state of the step, and marked as whole before it is pushed or others are deleted."""
+        with self.as_before_the_step():
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model: nn.Module, trial: Any) -> None:
         args, run = self.args, self._get_output_dir(trial=trial)
         folder = checkpoint_folder(run, self.state.global_step)
         for callback in self.callback_handler.callbacks:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -18,7 +19,7 @@ from qlora_dpo.memory import GIB, peak_memory
 from qlora_dpo.metrics import RunningSums, summarize
 from qlora_dpo.migration import TrlNames
 from qlora_dpo.offload import activations_moved
-from qlora_dpo.sampling import filled, replaced
+from qlora_dpo.sampling import FilledStream, filled, replaced
 from qlora_dpo.step import RandomState, Step
 
 SUMS_NAME = "log_sums.json"
@@ -74,16 +75,17 @@ class StepTrainer(TrlNames, Trainer):
         self._last_log = last_log + time.perf_counter() - start
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`'s, with fillers instead of repeated groups where several processes train."""
-        trains, drops = kwargs.get("is_training", False), self.args.dataloader_drop_last
-        if not trains:
-            with replaced(self.args, "dataloader_drop_last", False):  # every pair is evaluated
+        """As `Trainer`'s, with fillers instead of repeated groups where several processes train or read a stream."""
+        trains, several = kwargs.get("is_training", False), self.args.world_size > 1
+        drops = trains and self.args.dataloader_drop_last  # every pair is evaluated
+        multiple = kwargs["batch_size"] * self.args.world_size
+        if isinstance(dataset, IterableDataset) and (several or drops):
+            dataset = FilledStream(dataset, multiple, drops)
+        with replaced(self.args, "dataloader_drop_last", drops):
+            if not (trains and several and isinstance(dataset, Dataset)) or drops:
                 return super()._get_dataloader(dataset, *args, **kwargs)
-        if self.args.world_size == 1 or drops:
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        step = self._train_batch_size * self.args.world_size
-        dataset, sampler = filled(dataset, kwargs["sampler_fn"], step, self.args.data_seed)
-        loader = super()._get_dataloader(dataset, *args, **(kwargs | {"sampler_fn": lambda _: sampler}))
+            dataset, sampler = filled(dataset, kwargs["sampler_fn"], multiple, self.args.data_seed)
+            loader = super()._get_dataloader(dataset, *args, **(kwargs | {"sampler_fn": lambda _: sampler}))
         loader.batch_sampler.sampler = sampler  # where a resumed epoch is looked for
         return loader
 
@@ -108,6 +110,23 @@ class StepTrainer(TrlNames, Trainer):
         self._before = copy.copy(self._sums), copy.copy(self.step.bco_delta), random
         self._rescue.begin(samples)
 
+    @contextlib.contextmanager
+    def as_before_the_step(self) -> Iterator[None]:
+        """Within the block, what a step under way has counted and drawn is undone, as it has not moved the weights yet.
+
+        transformers makes the checkpoint of a signal in the middle of a step.
+        """
+        began = self._began_at == self.state.global_step
+        now = self._sums, self.step.bco_delta, self.state.num_input_tokens_seen, RandomState.of(self.args.device)
+        if began or self._next:  # their tokens are counted when they are fetched
+            self.state.num_input_tokens_seen -= self._step_tokens
+        if began:
+            self._sums, self.step.bco_delta, random = self._before
+            random.restore(self.args.device)
+        yield
+        self._sums, self.step.bco_delta, self.state.num_input_tokens_seen, random = now
+        random.restore(self.args.device)
+
     def _restart(self) -> None:
         """Put back how things were before the step."""
         self.model.zero_grad()
@@ -118,8 +137,6 @@ class StepTrainer(TrlNames, Trainer):
     def _give_up(self) -> None:
         """Keep what was trained before an error that ends the run."""
         if self.state.global_step > 0:
-            self._restart()
-            self.state.num_input_tokens_seen -= self._step_tokens
             self._save_checkpoint(self.model, trial=None)
 
     def _score_coupled(self) -> None:

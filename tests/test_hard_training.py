@@ -90,23 +90,24 @@ def evaluated(folder, world, rows=8, shards=0, batch=2, **options):
         **options,
     )
     metrics = trainer.evaluate()
-    return {"pairs": len(seen[0]), "loss": metrics["eval_loss"]}
+    return {"pairs": len(seen[0]), "loss": metrics["eval_loss"], "rows": seen[0]}
 
 
-def stepped(folder, world, rows=8, batch=8, stream=False, **options):
+def stepped(folder, world, rows=8, batch=8, shards=0, **options):
     """Gradient norms and log lines of training, `batch` groups over all processes."""
     keep = KeepGradients()
     rows = Dataset.from_list(RANKED[:rows])
     trainer = trainer_of(
         folder,
-        train=rows.to_iterable_dataset() if stream else rows,
+        train=rows.to_iterable_dataset(num_shards=shards) if shards else rows,
         per_device_train_batch_size=batch // world,
         callbacks=[keep],
         **options,
     )
     trainer.train()
     norms = [gradient.norm().item() for gradient in keep.gradients]
-    return {"norms": norms, "loss": [line["loss"] for line in lines(trainer)]}
+    found = {key: [line[key] for line in lines(trainer)] for key in ("loss", "num_unique_tokens")}
+    return {"norms": norms} | found
 
 
 def resumed(folder, world, save_at, **options):
@@ -262,13 +263,36 @@ def test_two_processes_end_alike_without_a_checkpoint(two, tmp_path):
     assert two("evaluated", tmp_path, {"rows": 3, "batch": 2})["pairs"] > 0  # both are still there
 
 
-def test_two_processes_train_on_a_stream_without_counting_groups_twice(two, tmp_path):
-    """A stream's last batch would be filled with its first groups: 5 groups at 2 x 2 were trained on as 8."""
-    options = {"rows": 5, "batch": 4, "stream": True, "max_steps": 2, "learning_rate": 0.0}
-    assert "dataloader_drop_last=True" in two("stepped", tmp_path, options)["error"]
-    expected = stepped(tmp_path, 1, **(options | {"rows": 4, "max_steps": 1}))
-    found = two("stepped", tmp_path, (options | {"max_steps": 1, "dataloader_drop_last": True}))
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("drop", [False, True])
+def test_two_processes_train_on_a_stream_as_one_does(drop, shards, two, tmp_path):
+    """A stream's last batch was filled with its first groups: 5 groups at 2 x 2 were trained on as 8. Shards of other
+    sizes ended at other steps. With `dataloader_drop_last`, which Trainer keeps from a stream, the second step is the
+    first of the second pass.
+    """
+    options = {"rows": 5, "batch": 4, "shards": shards, "max_steps": 2, "learning_rate": 0.0}
+    options["dataloader_drop_last"] = drop
+    alone, found = stepped(tmp_path, 1, **options), two("stepped", tmp_path, options)
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert found["num_unique_tokens"] == alone["num_unique_tokens"]
+    assert (alone["loss"][0] == alone["loss"][1]) == drop
+
+
+def test_fillers_are_no_tokens_that_are_counted(two, tmp_path):
+    options = {"rows": 5, "batch": 4, "max_steps": 2}
+    assert (
+        two("stepped", tmp_path, options)["num_unique_tokens"] == stepped(tmp_path, 1, **options)["num_unique_tokens"]
+    )
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_two_processes_evaluate_the_shards_of_a_stream_as_one_does(shards, two, tmp_path):
+    """Rows of two shards had the same numbers, by which a report looks them up."""
+    options = {"rows": 7, "shards": shards}
+    alone, found = evaluated(tmp_path, 1, **options), two("evaluated", tmp_path, options)
+    assert found["rows"] == alone["rows"]
+    assert sorted(set(found["rows"])) == list(range(7))
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
 def test_two_processes_train_with_reentrant_checkpointing(two, tmp_path):
@@ -509,7 +533,9 @@ def test_an_evaluation_keeps_its_last_batch(tmp_path):
     are not counted, and the exact evaluation depends on the batch size.
     """
     expected = evaluated(tmp_path, 1, rows=5)
-    assert evaluated(tmp_path, 1, rows=5, dataloader_drop_last=True) == pytest.approx(expected)
+    found = evaluated(tmp_path, 1, rows=5, dataloader_drop_last=True)
+    assert found["rows"] == expected["rows"]
+    assert found["loss"] == pytest.approx(expected["loss"])
 
 
 def test_metrics_computed_batch_by_batch_are_refused(tmp_path):
@@ -665,6 +691,47 @@ def test_a_run_can_go_on_from_the_checkpoint_of_a_signal(tmp_path):
     trainer = trainer_of(tmp_path, CHAT_ROWS, callbacks=[Signal()], max_steps=4, enable_jit_checkpoint=True)
     trainer.train()
     assert damage(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("when", ["on_step_begin", "on_pre_optimizer_step"])
+def test_the_checkpoint_of_a_signal_within_a_step_is_of_the_step_before(when, tmp_path):
+    """The pairs, tokens, running mean and random numbers of the step under way were in it already, and again later."""
+
+    class Signal(TrainerCallback):
+        jit_manager = None
+
+        def signal(self, args, state, control, **kwargs):
+            if self.jit_manager is not None and state.global_step == 2:
+                self.jit_manager.is_checkpoint_requested = True
+
+    setattr(Signal, when, Signal.signal)
+
+    def run(name, signal=None, **options):
+        options |= {"max_steps": 5, "logging_steps": 5, "loss_type": "bco_pair", "bco_running_mean": True}
+        policy = policy_of(build_chat_tokenizer(), lora_dropout=0.3)
+        callbacks = [] if signal is None else [signal]
+        trainer = trainer_of(
+            tmp_path / name, CHAT_ROWS, model=policy, callbacks=callbacks, disable_dropout=False,
+            enable_jit_checkpoint=True, gradient_accumulation_steps=2, per_device_train_batch_size=2, **options,
+        )  # fmt: skip
+        handler = trainer.callback_handler
+        saving = next(one for one in handler.callbacks if type(one).__name__ == "JITCheckpointCallback")
+        if signal is not None:
+            signal.jit_manager = saving.jit_manager
+            handler.callbacks.insert(0, handler.callbacks.pop(handler.callbacks.index(signal)))
+        trainer.train(resume_from_checkpoint=(signal is None and name == "stopped") or None)
+        return trainer
+
+    whole = run("whole")
+    run("stopped", Signal())
+    assert damage(tmp_path / "stopped" / "checkpoint-2") is None
+    again = run("stopped")
+    for (name, one), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    keys = ("loss", "num_tokens", "num_unique_tokens", "rewards/margins")
+    first, second = ([line[key] for line in lines(trainer) for key in keys] for trainer in (whole, again))
+    assert second == pytest.approx(first, rel=1e-9)
+    assert again.step.bco_delta.mean == pytest.approx(whole.step.bco_delta.mean, rel=1e-9)
 
 
 def test_lasting_workers_read_the_set_that_is_given(tmp_path):
