@@ -135,7 +135,7 @@ def require_usable(policy: PeftModel) -> None:
     """Refuse policies that the layouts cannot carry, that no checkpoint could hold, or that are not what they seem.
 
     Raises:
-        NotImplementedError: For prompt learning, activated LoRA and AdaLoRA.
+        NotImplementedError: For prompt learning, activated LoRA, AdaLoRA, and kinds that draw numbers or mix tokens.
         ValueError: For merged or disabled adapters, trainable weights of the base, and trained embeddings on the CPU.
     """
     require_frozen_embeddings(policy)
@@ -173,6 +173,16 @@ def require_trainable(policy: PeftModel) -> None:
         )
 
 
+_OF_MORE = {
+    "LILY": "whose layers average over all tokens of a forward",
+    "PVERA": "whose layers draw random numbers",
+    "POLY": "which asks for tasks",
+    "XLORA": "which runs the model twice",
+    "SHADOW": "which is a model beside the model",
+}
+"""Kinds of adapters that do more than change what a layer does to each token, and what they do."""
+
+
 def require_token_adapter(config: PeftConfig) -> None:
     """Refuse an adapter that does more than change what a layer does to each token by itself.
 
@@ -187,6 +197,8 @@ def require_token_adapter(config: PeftConfig) -> None:
         refused = "activated LoRA, which looks for tokens in the row"
     elif kind == "ADALORA":
         refused = "AdaLoRA, whose ranks nothing here updates"
+    elif kind in _OF_MORE:
+        refused = f"{kind}, {_OF_MORE[kind]}"
     if refused is not None:
         raise NotImplementedError(
             f"The adapter must be made of layers that act on each token, got {refused}. Use LoRA."

@@ -156,34 +156,38 @@ def noise_off(model: nn.Module) -> Iterator[None]:
     reference pass in here and a policy pass outside compute the same base model bit for bit. Probabilities, of layers
     or for function calls, are set to zero and put back.
     """
-    quiet: list[nn.Module] = []
-    probabilities: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        if module.training and hasattr(module, "neftune_noise_alpha"):
-            quiet.append(module)
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd)  # GPT-2's attention reads the `p` of its layer
-        for name, value in list(module.__dict__.items()):
-            read = "drop" in name or "jitter" in name or (dropout and name == "p")
-            if isinstance(value, float) and value > 0 and read:
-                probabilities.append((module, name, value))
+    quiet = [module for module in model.modules() if module.training and hasattr(module, "neftune_noise_alpha")]
+    probabilities = list(_probabilities(model, ("drop", "jitter")))
     try:
         for module in quiet:
             module.training = False
-        for module, name, _ in probabilities:
-            setattr(module, name, 0.0)
+        for holder, name, _ in probabilities:
+            holder[name] = 0.0
         yield
     finally:
         for module in quiet:
             module.training = True
-        for module, name, value in probabilities:
-            setattr(module, name, value)
+        for holder, name, value in probabilities:
+            holder[name] = value
 
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability of the model to zero for good: dropout layers and function calls alike."""
+    for holder, name, _ in _probabilities(model, ("drop",)):
+        holder[name] = 0.0
+
+
+def _probabilities(model: nn.Module, words: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, float]]:
+    """Where the modules of a model keep probabilities that are not zero, under what name, and the probabilities.
+
+    A dropout layer's is `p`, which GPT-2's attention reads too; LoHa's and LoKr's are one for each adapter, in a dict.
+    """
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in list(module.__dict__.items()):
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
+        own = module.__dict__
+        several = [found for name, found in own.items() if isinstance(found, dict) and "drop" in name]
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd) or "Dropout" in type(module).__name__  # BOFT's
+        for holder, named in ((own, False), *((found, True) for found in several)):
+            for name, value in list(holder.items()):
+                read = named or any(word in name for word in words) or (is_dropout and name == "p")
+                if isinstance(value, float) and value > 0 and read:
+                    yield holder, name, value

@@ -123,7 +123,7 @@ def precompute(
                 "`precompute_ref_log_probs` must be False for a stream, whose end is not known, got True. Set "
                 "it to False."
             )
-        mine = dataset.shard(share[1], share[0])
+        mine = dataset.select(range(share[0], len(dataset), share[1]))  # none, where there are more processes than rows
         loaders.append(DataLoader(mine, batch_size=batch_size, collate_fn=collator))
     total = sum(len(loader) for loader in loaders)
     for batch in tqdm(itertools.chain(*loaders), total=total, desc="Reference log-probs", disable=silent):

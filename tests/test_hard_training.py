@@ -278,6 +278,14 @@ def test_two_processes_train_on_a_stream_as_one_does(drop, shards, two, tmp_path
     assert (alone["loss"][0] == alone["loss"][1]) == drop
 
 
+def test_two_processes_score_the_reference_of_a_single_row_beforehand(two, tmp_path):
+    """One of them has none."""
+    options = {"rows": 1, "batch": 2, "max_steps": 1, "precompute_ref_log_probs": True}
+    found = two("stepped", tmp_path, options | {"reference_cache": str(tmp_path / "two")})
+    alone = stepped(tmp_path, 1, **options, reference_cache=str(tmp_path / "one"))
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
 def test_fillers_are_no_tokens_that_are_counted(two, tmp_path):
     options = {"rows": 5, "batch": 4, "max_steps": 2}
     assert (

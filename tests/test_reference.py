@@ -8,10 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import (
+    BOFTConfig,
     EvaConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftModel,
+    PeftType,
     PromptTuningConfig,
     get_peft_model,
     initialize_lora_eva_weights,
@@ -21,9 +25,16 @@ from peft.tuners.lora.corda import preprocess_corda
 from transformers import AutoModelForCausalLM
 
 from qlora_dpo import QLoRADPOTrainer
-from qlora_dpo.adapters import adapters_active, adapters_disabled, frozen_adapters, trained_adapters, weights_replaced
+from qlora_dpo.adapters import (
+    adapters_active,
+    adapters_disabled,
+    frozen_adapters,
+    require_token_adapter,
+    trained_adapters,
+    weights_replaced,
+)
 from qlora_dpo.averaging import averaged, recompressed
-from qlora_dpo.forward import install_scoring, noise_off, score_batch
+from qlora_dpo.forward import disable_dropout, install_scoring, noise_off, score_batch
 from qlora_dpo.layouts import Group, make_batch
 from qlora_dpo.model import load_policy
 from qlora_dpo.reference import fingerprint, make_reference, reference_hash
@@ -267,6 +278,49 @@ def test_adapters_that_are_not_layers_on_tokens_are_refused(tokenizer):
     for kind in ("auto", "none", "initial"):
         with pytest.raises(NotImplementedError, match="act on each token"):
             make_reference(kind, policy_of(tokenizer, lora))
+
+
+@pytest.mark.parametrize("kind", ["LILY", "PVERA", "POLY", "XLORA", "SHADOW"])
+def test_adapters_that_mix_tokens_or_draw_numbers_are_refused(kind):
+    config = LoraConfig(task_type="CAUSAL_LM")
+    config.peft_type = PeftType(kind)
+    with pytest.raises(NotImplementedError, match=f"act on each token, got {kind}, w"):
+        require_token_adapter(config)
+
+
+NOISY = {
+    "dropout of ranks": LoHaConfig(r=4, target_modules=["q_proj"], rank_dropout=0.5),
+    "dropout of layers": LoKrConfig(r=4, target_modules=["q_proj"], module_dropout=0.5),
+    "dropout of blocks": BOFTConfig(boft_block_size=4, target_modules=["q_proj"], boft_dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_the_dropout_of_every_kind_of_adapter_is_known(kind, tokenizer):
+    """PEFT keeps it in dicts and in layers of its own: a reference scored twice differed by nats."""
+    torch.manual_seed(3)
+    policy = get_peft_model(build_tiny_llama(tokenizer), copy.deepcopy(NOISY[kind]))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    install_scoring(policy.get_base_model())
+    policy.train()
+
+    def several():
+        with torch.no_grad():
+            return [score_batch(policy, BATCH)["logps"] for _ in range(8)]
+
+    first, *others = several()
+    assert not all(torch.equal(first, other) for other in others)
+    with noise_off(policy):
+        first, *others = several()
+    assert all(torch.equal(first, other) for other in others)
+    first, *others = several()
+    assert not all(torch.equal(first, other) for other in others)
+    disable_dropout(policy)
+    first, *others = several()
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("name", ["default", "mine"])
